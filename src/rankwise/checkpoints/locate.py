@@ -1,0 +1,160 @@
+"""From what a user typed to a place: local path, hub repository, or URL.
+
+In: a source. Out: a store, and the file in it where the source names one. huggingface_hub and fsspec are
+imported only for sources that need them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from rankwise.checkpoints.kinds import complete
+from rankwise.checkpoints.sharded import INDEX, TORCH
+from rankwise.checkpoints.stores import LocalStore, RemoteStore, Store, os_error, printable, remote_error
+from rankwise.errors import SourceNotFoundError
+
+_REPO: Final = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>refs/(?:pr|convert)/[^/@\s]+|[^/@\s]+))?(?:/(?P<inside>.+))?",
+    re.ASCII,
+)
+_WEIGHTS: Final = (".safetensors", *TORCH, INDEX)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a source lies.
+
+    Attributes:
+        store: its folder.
+        file: the file that the source names, or None where it names the folder.
+    """
+
+    store: Store
+    file: str | None
+
+
+def locate(source: str) -> Place:
+    """Return the place of a source. A local path wins over a hub id of the same spelling.
+
+    Raises:
+        SourceNotFoundError: there is nothing of that name.
+        AccessError: it may not or cannot be looked at.
+    """
+    if not source.strip():
+        raise SourceNotFoundError("the source is empty; wanted a path, a hub id (org/name) or a URL")
+    scheme = source.partition("://")[0] if "://" in source else ""
+    if scheme == "file":
+        return _local(Path(unquote(urlsplit(source).path)), source)
+    if scheme == "hf":
+        return _hub(source, source.removeprefix("hf://").strip("/"))
+    if scheme:
+        return _url(source, scheme)
+    path = Path(source).expanduser() if source.startswith("~") else Path(source)
+    try:
+        there = os.path.lexists(path)
+    except ValueError as error:
+        raise os_error(error, source) from error
+    if there:
+        return _local(path, source)
+    if (match := _REPO.fullmatch(source)) and match["inside"] is None:
+        return _hub(source, source)
+    raise SourceNotFoundError(
+        f"{printable(source)!r} is not there: no file or folder of that name. Hub ids are spelled org/name, URLs begin "
+        "with s3://, gs://, https://, ..."
+    )
+
+
+def _local(path: Path, source: str) -> Place:
+    try:
+        folder = path.is_dir()
+        path.stat()  # a broken link or a folder that may not be entered
+    except (OSError, ValueError, RuntimeError) as error:
+        raise os_error(error, printable(source)) from error
+    return Place(LocalStore(path), None) if folder else Place(LocalStore(path.parent), path.name)
+
+
+def _url(source: str, scheme: str) -> Place:
+    """Return a place of any fsspec filesystem. Web servers have no listing, so their folders are probed."""
+
+    def open_url() -> tuple[Any, str]:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(source)
+        return filesystem, str(path)
+
+    filesystem, path = _guarded(open_url, source)
+    web = scheme in ("http", "https")
+    if path.lower().endswith(_WEIGHTS):
+        folder, _, file = path.rpartition("/")
+        where = source.rpartition("/")[0]
+        return Place(RemoteStore(filesystem, folder, where, can_list=not web), file)
+    if not web:
+        kind = _guarded(lambda: filesystem.info(path), source).get("type")
+        if kind == "file":
+            folder, _, file = path.rpartition("/")
+            return Place(RemoteStore(filesystem, folder, source.rpartition("/")[0]), file)
+    return Place(RemoteStore(filesystem, path, source, can_list=not web), None)
+
+
+def _guarded(call: Callable[[], Any], source: str) -> Any:
+    try:
+        return call()
+    except ValueError as error:  # fsspec: "Protocol not known: ..."
+        raise SourceNotFoundError(f"{printable(source)!r} cannot be opened: {printable(str(error))[:300]}") from error
+    except Exception as error:
+        raise remote_error(error, source) from error
+
+
+def _hub(source: str, spelled: str) -> Place:
+    match = _REPO.fullmatch(spelled)
+    if match is None:
+        raise SourceNotFoundError(f"{printable(source)!r} is no hub repository; wanted org/name or org/name@revision")
+    repo, revision, inside = match["repo"], match["revision"] or "main", match["inside"]
+    folder, _, file = (inside or "").rpartition("/") if (inside or "").endswith(_WEIGHTS) else (inside or "", "", "")
+    cached = _guarded(lambda: _cached_snapshot(repo, revision), source)
+    if cached is not None:
+        store = LocalStore(cached / folder)
+        if (cached / folder / file).exists() if file else ((cached / folder).is_dir() and complete(store)):
+            return Place(store, file or None)
+    return _on_hub(source, f"{repo}@{revision.replace('/', '%2F')}", folder, file, cached is not None)
+
+
+def _cached_snapshot(repo: str, revision: str) -> Path | None:
+    """Return the folder of a revision in the hub's cache, from its documented layout."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    reference = root / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    folder = root / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
+def _on_hub(source: str, repository: str, folder: str, file: str, partly_cached: bool) -> Place:
+    from huggingface_hub import HfFileSystem, constants
+
+    name = repository.partition("@")[0]
+    if constants.HF_HUB_OFFLINE:
+        what = "only a part of it is in the local cache" if partly_cached else "it is not in the local cache"
+        raise SourceNotFoundError(
+            f"{printable(source)!r} is no local path, and as a hub repository {what}, while HF_HUB_OFFLINE is set. "
+            f"Download it where there is a network: hf download {name}"
+        )
+    root = f"{repository}/{folder}".rstrip("/")
+    filesystem = HfFileSystem()
+    store = RemoteStore(filesystem, root, f"hf://{root}")
+    try:
+        store.names()
+    except SourceNotFoundError as error:
+        raise SourceNotFoundError(
+            f"{printable(source)!r} is no local path, and the hub has no such repository, revision or folder (or it is "
+            "private: hf auth login)."
+        ) from error
+    return Place(store, file or None)

@@ -1,0 +1,111 @@
+"""The entry point: registers the commands without importing them, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Final
+
+from cyclopts import App, CycloptsError
+
+from rankwise.cli.common import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK
+from rankwise.errors import RankwiseError
+
+MESSAGES: Final = "https://rankwise.readthedocs.io/en/latest/reference/messages.html"
+ISSUES: Final = "https://github.com/rankwise/rankwise/issues"
+
+COMMANDS: Final[dict[str, str]] = {
+    "simulate": "Plant style and fact updates: what a rank holds, and what scaling collapse is and is not.",
+    "inspect": "Show what an update is made of: the spectrum of every module of an adapter or of tuned - base.",
+}
+"""Command -> its line in the help. The function of the same name stands in `rankwise.cli.NAME`."""
+
+HELP: Final = "What rank, what scaling, what learning rate? Measure LoRA updates instead of guessing."
+EPILOGUE: Final = (
+    "Exit codes: 0 done; 1 a defect of rankwise; 2 bad input or usage; 3 a check ran and failed; 130 interrupted."
+)
+
+
+def _version() -> str:
+    from rankwise.records import version
+
+    return version()
+
+
+def build_app() -> App:
+    """Return the application; no command is imported before it is called."""
+    app = App(
+        name="rankwise",
+        help=HELP,
+        help_epilogue=EPILOGUE,
+        help_format="plaintext",  # markdown would import a parser: 60 ms of a 300 ms budget
+        version=_version,
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+    for name, line in COMMANDS.items():
+        app.command(f"rankwise.cli.{name}:{name}", name=name, help=line)
+    return app
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command line and return its exit code. All errors end here."""
+    try:
+        code = build_app()(list(words), exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+        if not words:  # the help was shown, but nothing was asked
+            return EXIT_INPUT
+        return code if isinstance(code, int) else EXIT_OK
+    except CycloptsError as error:
+        command = [words[0]] if words and words[0] in COMMANDS else []
+        _say(f"{str(error).strip()}\nSee: {' '.join(['rankwise', *command, '--help'])}")
+        return EXIT_INPUT
+    except RankwiseError as error:
+        _say(f"{error}\n{MESSAGES}#{error.slug}")
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("rankwise: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            return _defect()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush fails again
+        _say(f"stdout cannot be written: {error.strerror}")
+        return EXIT_INPUT
+    except MemoryError as error:
+        _say(f"there is not enough memory for this input ({error or 'allocation failed'})")
+        return EXIT_INPUT
+    except Exception:
+        return _defect()
+
+
+def _defect() -> int:
+    traceback.print_exc()
+    print(f"rankwise: this is a defect of rankwise itself; please report it: {ISSUES}", file=sys.stderr)
+    return EXIT_DEFECT
+
+
+def _say(message: str) -> None:
+    print(f"rankwise: error: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line of this process and exit."""
+    if sys.stdout is None:  # started with stdout closed (`>&-`)
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a path need not be text, and must not end the run when printed
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

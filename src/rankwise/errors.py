@@ -1,0 +1,148 @@
+"""What can go wrong for a user: one root class, and one class per thing a user can do about it.
+
+In: the facts of a failure (file, module, got, expected). Out: an exception whose message says what
+happened, where, and what to do. `slug` is the anchor of the error in `docs/reference/messages.md`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RankwiseError(Exception):
+    """The root of every error that is the user's to mend. The command line turns it into exit code 2."""
+
+    slug: ClassVar[str] = "error"
+
+
+class UsageError(RankwiseError):
+    """An argument is out of its range, or two arguments do not go together."""
+
+    slug = "usage"
+
+
+class ScalingError(RankwiseError):
+    """A scaling rule is unknown, or its rank or alpha is not a positive finite number."""
+
+    slug = "scaling"
+
+
+class CriterionError(RankwiseError):
+    """A rank criterion got a parameter outside its range, or a spectrum too short to answer."""
+
+    slug = "criterion"
+
+
+class SpectrumSpecError(RankwiseError):
+    """A planted spectrum (`--spectrum`) cannot be read or has values that are no spectrum."""
+
+    slug = "spectrum-spec"
+
+
+class SourceNotFoundError(RankwiseError):
+    """No local path, hub repository or URL of that name can be read."""
+
+    slug = "source-not-found"
+
+
+class AccessError(RankwiseError):
+    """The source exists but may not or cannot be read (permissions, network, I/O)."""
+
+    slug = "cannot-read"
+
+
+class UnknownFormatError(RankwiseError):
+    """The source is there, but is neither a checkpoint nor an adapter that rankwise reads."""
+
+    slug = "unknown-format"
+
+
+class MalformedFileError(RankwiseError):
+    """A weight file or its index is truncated, contradicts itself, or is not what its name says."""
+
+    slug = "malformed-file"
+
+
+class UnsafeFileError(RankwiseError):
+    """A pickle holds more than tensors; it is refused without being executed."""
+
+    slug = "unsafe-file"
+
+
+class ConfigError(RankwiseError):
+    """A config file is not JSON, not an object, or has a value of the wrong type."""
+
+    slug = "bad-config"
+
+
+class UnsupportedAdapterError(RankwiseError):
+    """The adapter is of a kind whose update is not scaling * B @ A (LoHa, LoKr, IA3, ...)."""
+
+    slug = "unsupported-adapter"
+
+
+class TensorError(RankwiseError):
+    """A tensor has a shape or dtype that no weight of its kind can have (zero-sized, 5-D, int8, ...)."""
+
+    slug = "bad-tensor"
+
+
+class ShapeMismatchError(RankwiseError):
+    """The base and the tuned tensor of one module differ in shape."""
+
+    slug = "shape-mismatch"
+
+    def __init__(self, name: str, base: tuple[int, ...], tuned: tuple[int, ...]) -> None:
+        super().__init__(
+            f"{name} has shape {base} in the base and {tuned} in the tuned model; a weight delta needs equal "
+            "shapes. If this module was replaced or resized on purpose, leave it out with "
+            f"--skip '{name}'; otherwise the two are not the same model."
+        )
+
+
+class NothingToMeasureError(RankwiseError):
+    """The source was read, but no module is left to measure."""
+
+    slug = "nothing-to-measure"
+
+
+class WrongKindError(RankwiseError):
+    """The source is a checkpoint where an adapter is meant, or the other way round."""
+
+    slug = "wrong-kind"
+
+
+class MissingDependencyError(RankwiseError):
+    """The job needs a package of one of the extras."""
+
+    slug = "missing-dependency"
+
+    def __init__(self, package: str, extra: str, why: str) -> None:
+        super().__init__(f"{why} needs {package}, which is not installed; run: pip install 'rankwise[{extra}]'")
+
+
+class DeviceError(RankwiseError):
+    """The device asked for is not there."""
+
+    slug = "device"
+
+
+class RecordError(RankwiseError):
+    """A record file is not one that this version of rankwise can read."""
+
+    slug = "bad-record"
+
+
+class OutputExistsError(RankwiseError):
+    """The output path is taken, and --force was not given."""
+
+    slug = "output-exists"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} exists already; nothing was written. Choose another path or pass --force.")
+
+
+class OutputError(RankwiseError):
+    """The output cannot be written (no folder, no permission, no space)."""
+
+    slug = "cannot-write"

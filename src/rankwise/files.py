@@ -1,0 +1,69 @@
+"""Files are written whole or not at all.
+
+In: a path and its contents. Out: the file, written beside its place, synced, and renamed into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from rankwise.errors import OutputError, OutputExistsError
+
+
+def check_writable(path: Path, *, force: bool) -> None:
+    """Refuse an output path before any work is done for it.
+
+    Raises:
+        OutputExistsError: the path is taken and `force` is not set.
+        OutputError: the folder is not there, or the path is a folder.
+    """
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; a file was meant. Nothing was written.")
+        if (path.exists() or path.is_symlink()) and not force:
+            raise OutputExistsError(str(path))
+        if path.exists() and not path.is_file():  # renaming into its place would destroy it
+            raise OutputError(f"{path} is a device or a pipe; a file was meant (--json writes to stdout).")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path} cannot be written: there is no folder {path.parent}. Make it first.")
+    except OSError as error:  # a parent that may not be looked into, a name too long
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}. Nothing was written.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written: no permission to write into {path.parent}.")
+
+
+def write_text(path: Path, text: str, *, force: bool) -> None:
+    """Write a text file: beside its place, synced, then renamed into it.
+
+    A killed run leaves the old file or the new one, never a part. Symbolic links are followed.
+
+    Raises:
+        OutputExistsError: the path is taken and `force` is not set.
+        OutputError: the disk is full, the folder is not there or may not be written to.
+    """
+    check_writable(path, force=force)
+    try:
+        target = path.resolve()
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=".part", dir=target.parent)
+    except RuntimeError as error:  # Python before 3.13: a loop of symbolic links
+        raise OutputError(f"{path} cannot be written: it is a loop of symbolic links.") from error
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}. Nothing was written.") from error
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)
+        part.replace(target)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}. Nothing was written.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -1,0 +1,235 @@
+"""What all figures share: the figure itself, the ranks to draw, axes, and text that is safe in a plot.
+
+In: numbers and words. Out: plain dicts in the JSON schema of plotly.js. A colour is written `@name` and
+stands for the custom property `--name` of `templates/style.css`, so that one figure serves light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+Json = dict[str, Any]
+
+DIGITS: Final = 6
+"""Significant digits of a number in a plot: past what an eye or a tooltip can use."""
+
+EVERY_RANK: Final = 16
+"""Ranks up to this one are all drawn."""
+
+PER_OCTAVE: Final = 8
+"""Points drawn for each doubling of the rank past `EVERY_RANK`."""
+
+MOST_TICKS: Final = 8
+"""Labels that a rank axis 300 px wide has room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One entry of a figure's selector.
+
+    Attributes:
+        label: what the selector shows.
+        data: for each trace of the figure, the keys that change.
+        layout: top-level keys of the layout that change.
+        note: a sentence under the plot while this entry is chosen.
+    """
+
+    label: str
+    data: tuple[Json, ...]
+    layout: Json
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A small table of words, for readers without scripts and for the records' own tables."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A plot, the words under it, and a table that says the same.
+
+    Attributes:
+        name: of the figure in `FIGURES`, and its anchor in the page.
+        title: heading, plain words.
+        alt: one sentence for those who do not see the plot.
+        data: plotly traces.
+        layout: plotly layout; `height` in px is always set.
+        caption: how to read it, in two to four sentences: units, n, and what it does not say.
+        detail: what was left out of the drawing and how it was thinned; may be empty.
+        choices: entries of the selector; empty where there is none.
+        choice_label: name of the selector.
+        chosen: index of the entry shown first.
+        fallback: shown where scripts are off.
+    """
+
+    name: str
+    title: str
+    alt: str
+    data: tuple[Json, ...]
+    layout: Json
+    caption: tuple[str, ...]
+    detail: str = ""
+    choices: tuple[Choice, ...] = ()
+    choice_label: str = ""
+    chosen: int = 0
+    fallback: Table | None = None
+
+    def spec(self) -> Json:
+        """Return what the script in the page needs to draw the figure, as JSON types."""
+        choices = [{"data": list(c.data), "layout": c.layout, "note": c.note} for c in self.choices]
+        return {"data": list(self.data), "layout": self.layout, "choices": choices, "chosen": self.chosen}
+
+
+def known(value: float | None) -> float | None:
+    """Return the number, or None for what a record cannot know and JSON cannot say (NaN, infinity)."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def drawn(value: float | None) -> float | int | None:
+    """Round to `DIGITS` significant digits, which a third of the page's bytes would otherwise go into.
+
+    >>> drawn(0.123456789), drawn(1.0), drawn(float("nan"))
+    (0.123457, 1, None)
+    """
+    if known(value) is None or value is None:
+        return None
+    rounded = float(f"{value:.{DIGITS}g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e6 else rounded
+
+
+def ranks_to_draw(longest: int, extra: Iterable[int] = ()) -> list[int]:
+    """Return the ranks at which a list of `longest` values is drawn: all of the first, then log-spaced.
+
+    Powers of two, the last rank and those of `extra` that lie inside are always among them.
+
+    >>> ranks_to_draw(4), len(ranks_to_draw(4096))
+    ([1, 2, 3, 4], 80)
+    """
+    steps = range(max(0, math.ceil(PER_OCTAVE * math.log2(max(longest, 1) / EVERY_RANK))) + 1)
+    spaced = {round(EVERY_RANK * 2 ** (step / PER_OCTAVE)) for step in steps}
+    ranks = {*range(1, EVERY_RANK + 1), *spaced, *extra, longest}
+    return sorted(r for r in ranks if 1 <= r <= longest)
+
+
+def plain(text: str) -> str:
+    """Escape text for a plot: plotly.js reads a subset of HTML in labels and tooltips.
+
+    >>> plain("<b>q_proj</b>")
+    '&lt;b&gt;q_proj&lt;/b&gt;'
+    """
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def rank_ticks(longest: int) -> list[int]:
+    """Return every rank of a few, else powers of two, or of four or more where labels would be too many.
+
+    >>> rank_ticks(3), rank_ticks(16), rank_ticks(4096)
+    ([1, 2, 3], [1, 2, 4, 8, 16], [1, 4, 16, 64, 256, 1024, 4096])
+    """
+    if longest <= MOST_TICKS:
+        return list(range(1, longest + 1))
+    powers = [2**k for k in range(max(longest, 1).bit_length())]
+    return powers[:: math.ceil(len(powers) / MOST_TICKS)]
+
+
+def axis(title: str, **more: Any) -> Json:
+    """Return an axis in the page's colours."""
+    base: Json = {
+        "title": {"text": title, "standoff": 8, "font": {"size": 13}},
+        "gridcolor": "@grid",
+        "linecolor": "@line",
+        "tickcolor": "@line",
+        "ticks": "outside",
+        "ticklen": 4,
+        "zeroline": False,
+        "showline": True,
+        "automargin": True,
+    }
+    return base | more
+
+
+def rank_axis(longest: int, title: str = "rank (log scale)") -> Json:
+    """Return the axis over ranks: log scale, labels at powers of two."""
+    ticks = rank_ticks(longest)
+    end = math.log10(max(longest, 1))
+    pad = 0.03 * end or 0.15
+    return axis(
+        title,
+        type="log",
+        range=[round(-pad, 4), round(end + pad, 4)],
+        tickvals=ticks,
+        ticktext=[str(t) for t in ticks],
+        minor={"ticks": ""},
+    )
+
+
+def share_axis(title: str) -> Json:
+    """Return the axis of a share from 0 to 1, in per cent."""
+    ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    return axis(title, range=[0, 1.02], tickvals=ticks, ticktext=[f"{t * 100:g} %" for t in ticks])
+
+
+def log_axis(title: str, values: Sequence[float]) -> Json:
+    """Return the log axis for positive values, wide enough that a flat row of them looks flat."""
+    low, high = math.log10(min(values)), math.log10(max(values))
+    decades = high - low
+    pad = max(0.06 * decades, (0.6 - decades) / 2, 0.05)
+    more: Json = {"range": [round(low - pad, 4), round(high + pad, 4)]}
+    if decades > 1.6:
+        more |= {"dtick": math.ceil(decades / MOST_TICKS), "exponentformat": "power", "tickfont": {"size": 10}}
+    else:
+        more |= {"dtick": "D2" if decades > 0.5 else "D1", "tickformat": "~g"}
+    return axis(title, type="log", **more)
+
+
+def layout(height: int, **more: Any) -> Json:
+    """Return the layout that every figure starts from."""
+    base: Json = {
+        "height": height,
+        "margin": {"l": 58, "r": 44, "t": 36, "b": 50},
+        "paper_bgcolor": "@surface",
+        "plot_bgcolor": "@surface",
+        "font": {"color": "@ink", "size": 12},
+        "hovermode": "closest",
+        "hoverlabel": {
+            "bgcolor": "@raised",
+            "bordercolor": "@line",
+            "font": {"color": "@ink", "size": 12},
+            "align": "left",
+            "namelength": -1,
+        },
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "bgcolor": "@clear",
+            "itemclick": False,
+            "itemdoubleclick": False,
+        },
+    }
+    return base | more
+
+
+def marked_shares(shares: Sequence[float], axis_name: str = "y", domain: str = "paper") -> Json:
+    """Return the layout keys that draw a dashed line at each share, with its label in the right margin."""
+    lines, labels = [], []
+    for share in shares:
+        where = {"xref": domain, "yref": axis_name}
+        stroke = {"color": "@line", "width": 1, "dash": "dash"}
+        lines.append(
+            {"type": "line", "layer": "below", "x0": 0, "x1": 1, "y0": share, "y1": share, "line": stroke} | where
+        )
+        label = {"x": 1, "y": share, "xanchor": "left", "yanchor": "middle", "xshift": 4}
+        text = {"text": f"{share * 100:g} %", "showarrow": False, "font": {"size": 11, "color": "@muted"}}
+        labels.append(where | label | text)
+    return {"shapes": lines, "annotations": labels}

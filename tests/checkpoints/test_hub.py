@@ -1,0 +1,197 @@
+"""Hub repositories: from the local cache without a network, and through a stand-in for the hub."""
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+from checkpoints.making import MAKERS, normal, write_shards
+
+from rankwise.checkpoints import open_source
+from rankwise.errors import SourceNotFoundError
+
+constants = pytest.importorskip("huggingface_hub.constants")
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty hub cache; returns a function that makes the snapshot folder of a repository."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def snapshot(repo, revision="main"):
+        root = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+        folder = root / "snapshots" / COMMIT
+        folder.mkdir(parents=True, exist_ok=True)
+        reference = root / "refs" / revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(COMMIT)
+        return folder
+
+    return snapshot
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "peft"])
+@pytest.mark.parametrize(
+    ("revision", "suffix"),
+    [("main", ""), ("main", "@main"), ("v1.0", "@v1.0"), ("refs/pr/7", "@refs/pr/7"), ("main", f"@{COMMIT}")],
+)
+def test_cached_repositories_open_offline(cache, rng, form, revision, suffix):
+    made = MAKERS[form](cache("org/name", revision), rng)
+    # the cache holds links to blobs
+    blob = made.source.parents[1] / "blob"
+    made.weights.rename(blob)
+    made.weights.symlink_to(blob)
+    for spelled in (f"org/name{suffix}", f"hf://org/name{suffix}"):
+        with open_source(spelled) as opened:
+            assert opened.source == spelled
+            if form == "peft":
+                a, _ = opened.read_factors(opened.modules[0])
+                assert a.shape == (3, 4)
+
+
+def test_cached_file_and_subfolder(cache, rng):
+    folder = cache("org/name")
+    (folder / "sub").mkdir()
+    MAKERS["peft"](folder / "sub", rng)
+    for spelled in ("hf://org/name/sub", "hf://org/name@main/sub/adapter_model.safetensors"):
+        with open_source(spelled) as opened:
+            assert opened.format == "peft"
+
+
+def test_not_cached_and_partly_cached(cache, rng):
+    with pytest.raises(SourceNotFoundError, match=r"not in the local cache.*hf download org/name"):
+        open_source("org/name")
+    folder = cache("org/name")
+    (folder / "config.json").write_text("{}")  # as a tokenizer's download leaves it
+    with pytest.raises(SourceNotFoundError, match="only a part of it"):
+        open_source("org/name")
+    write_shards(folder, [{"a": normal(rng, 2)}, {"b": normal(rng, 2)}])
+    open_source("org/name").close()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(SourceNotFoundError, match="only a part of it"):
+        open_source("org/name")
+
+
+def test_another_revision_is_not_the_cached_one(cache, rng):
+    MAKERS["peft"](cache("org/name"), rng)
+    with pytest.raises(SourceNotFoundError):
+        open_source("org/name@other")
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's API as HfFileSystem uses to list a repository and read ranges."""
+
+    folder = None
+    log: list = []  # noqa: RUF012
+
+    def _json(self, value, status=200, **headers):
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        for name, text in headers.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _entries(self):
+        files = sorted(p for p in self.folder.iterdir() if p.is_file())
+        return [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        self._json([e for e in self._entries() if e["path"] in asked])
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if not re.match(r"/(api/models/)?org/name(/|$)", path) or "no-such" in path:
+            self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        elif path.startswith("/api/models/org/name/tree/"):
+            self._json(self._entries())
+        elif path.startswith("/api/models/org/name"):
+            self._json({"id": "org/name", "sha": COMMIT, "siblings": [], "tags": [], "private": False})
+        else:
+            self._file(path.rsplit("/", 1)[-1])
+
+    def _file(self, name):
+        data = (self.folder / name).read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        part = data[int(wanted[1]) : int(wanted[2]) + 1] if wanted else data
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("ETag", '"0"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.log.append((name, len(part)))
+            self.wfile.write(part)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A web server that answers as the hub for org/name; returns (folder, handler, run)."""
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    handler = type("Hub", (_Hub,), {"folder": folder, "log": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+    }
+
+    def run(code):
+        made = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        assert made.returncode == 0, made.stderr[-2000:]
+        return made.stdout.strip()
+
+    yield folder, handler, run
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_ranges_from_the_hub(stand_in, rng):
+    """huggingface_hub reads its endpoint when it is imported, so this runs in a process of its own."""
+    folder, handler, run = stand_in
+    shards = [{f"layers.{i}.w": normal(rng, 64, 64), f"layers.{i}.v": normal(rng, 64, 64)} for i in range(3)]
+    index = write_shards(folder, shards)
+    code = (
+        "from rankwise.checkpoints import open_source\n"
+        "with open_source({!r}) as opened: print(float(opened.read('layers.1.w')[0, 0]))"
+    )
+    for source in ("org/name", "hf://org/name@refs/pr/1"):
+        handler.log.clear()
+        assert float(run(code.format(source))) == shards[1]["layers.1.w"][0, 0]
+        shard = folder / "model-00002-of-00003.safetensors"
+        assert {name for name, _ in handler.log} == {index.name, shard.name}
+        header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
+        assert sum(n for _, n in handler.log) == index.stat().st_size + header + 64 * 64 * 4
+
+
+def test_a_repository_that_the_hub_does_not_have(stand_in):
+    _, _, run = stand_in
+    code = (
+        "from rankwise.checkpoints import open_source\n"
+        "from rankwise.errors import SourceNotFoundError\n"
+        "try: open_source('org/no-such')\n"
+        "except SourceNotFoundError as error: print(error)"
+    )
+    assert "no such repository" in run(code)
