@@ -19,10 +19,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from side_by_side import HEAD, Ratio, compare
 
 from rankwise import linalg
 from rankwise.checkpoints import open_source
+from side_by_side import HEAD, Ratio, compare
 
 RANKWISE = [sys.executable, "-m", "rankwise"]
 
@@ -46,7 +46,12 @@ def make_adapter(folder: Path, *, layers: int = 4, width: int = 2048, r: int = 1
             tensors[f"{stem}.lora_A.weight"] = rng.standard_normal((r, width)).astype(np.float32)
             tensors[f"{stem}.lora_B.weight"] = rng.standard_normal((out, r)).astype(np.float32)
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": 2 * r,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -57,7 +62,9 @@ def bf16_pair(folder: Path, *, size: int, modules: int, rank: int = 16, norm: fl
     base, tuned = {}, {}
     for index in range(modules):
         weight = (0.02 * rng.standard_normal((size, size), dtype=np.float32)).astype(ml_dtypes.bfloat16)
-        update = rng.standard_normal((size, rank), dtype=np.float32) @ rng.standard_normal((rank, size), dtype=np.float32)
+        update = rng.standard_normal((size, rank), dtype=np.float32) @ rng.standard_normal(
+            (rank, size), dtype=np.float32
+        )
         wide = weight.astype(np.float32)
         wide += update * np.float32(norm * 0.02 * size / np.linalg.norm(update))
         name = f"model.layers.{index}.mlp.up_proj.weight"

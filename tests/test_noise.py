@@ -152,6 +152,42 @@ def test_two_roundings_are_noise_and_the_update_on_top_is_not() -> None:
         assert read(drawn.astype(BF16), (drawn + update).astype(np.float32).astype(BF16))[0].signal_rank == 8
 
 
+def test_truncation_to_the_dtype_is_noise_and_the_update_on_top_is_not() -> None:
+    """Truncated errors have ulp**2 / 3, four times those of rounding to nearest, at every magnitude."""
+    rng = np.random.default_rng(17)
+    base = draw("gauss", SHAPE, rng).astype(BF16)
+    exact = base.astype(np.float64)
+    tuned = exact + plant(SHAPE, spectrum("flat", 8, 0.03 * float(np.linalg.norm(exact))), rng)
+    reading, _ = read(base, truncated(tuned, tuned.astype(np.float32).astype(BF16)))
+    assert reading.signal_rank == 8
+
+
+def test_full_rank_update_that_is_not_in_step_with_the_grid_is_signal() -> None:
+    """At 0.35 % it carries 4.4 times the noise: within what rounding may leave, but equal at every magnitude."""
+    rng = np.random.default_rng(18)
+    base = draw("gauss", SHAPE, rng).astype(BF16)
+    tuned = (base.astype(np.float32) + 0.0035 * 0.02 * rng.standard_normal(SHAPE)).astype(np.float32).astype(BF16)
+    reading, _ = read(base, tuned)
+    assert reading.signal_rank is not None
+    assert reading.signal_rank > 100
+
+
+def test_full_rank_update_of_an_exact_base_in_float32_is_signal() -> None:
+    """Trained in float32 from a bfloat16 file: 0.2 % is below the largest weights' bfloat16 steps."""
+    rng = np.random.default_rng(19)
+    base = draw("gauss", SHAPE, rng).astype(BF16)
+    tuned = (base.astype(np.float64) + 0.002 * 0.02 * rng.standard_normal(SHAPE)).astype(np.float32)
+    assert read(base, tuned)[0].signal_rank == min(SHAPE)
+
+
+def test_distortion_of_a_few_strong_directions_is_not_signal() -> None:
+    """Steps turn 4 directions into more, above the edge of what is random: 5 to 11 were read without re-rounding."""
+    for values, rho in [("linear", 0.005), ("power", 0.002)]:
+        base, tuned, smallest, edge = planted_pair("gauss", (512, 1024), BF16, values, 4, rho, seed=30)
+        assert smallest > 1.3 * edge
+        assert read(base, tuned)[0].signal_rank == 4
+
+
 def test_identical_pair_has_no_noise() -> None:
     base = draw("gauss", SHAPE, np.random.default_rng(0)).astype(BF16)
     assert read(base, base.copy())[0] == NoiseReading(0.0, 0, 1.0, False, 0.0)

@@ -1,6 +1,6 @@
 """Photograph the top of a page that rankwise wrote.
 
-    python docs/tools/picture.py story/inspect.html docs/_static/inspect.png [--height 900]
+    python docs/tools/picture.py story/inspect.html docs/_static/inspect.png
 
 Needs playwright (extra dev) and a Chromium on the path.
 """
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("page", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--width", type=int, default=1100)
-    parser.add_argument("--height", type=int, default=1000)
+    parser.add_argument("--height", type=int, default=1320)
     arguments = parser.parse_args()
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:

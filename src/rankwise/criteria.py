@@ -1,7 +1,7 @@
 """From a spectrum to numbers: energy ranks, stable rank, effective rank.
 
 In: singular values, largest first, and the energy measured on the delta itself. Out: ranks and shares.
-Plain Python floats and math.fsum throughout: a criterion must not lose a tail to rounding.
+Plain Python floats, which are float64: a criterion must not lose a tail to float32.
 """
 
 from __future__ import annotations

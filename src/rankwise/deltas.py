@@ -138,15 +138,17 @@ def align_names(base: Sequence[str], tuned: Sequence[str]) -> dict[str, str]:
     {'transformer.h.0.w': 'h.0.w', 'transformer.ln.w': 'ln.w'}
     """
     held = set(base)
-    best = {name: name for name in tuned if name in held}
-    if 2 * len(best) >= min(len(base), len(tuned)):
-        return best
+    exact = {name: name for name in tuned if name in held}
+    if 2 * len(exact) >= min(len(base), len(tuned)):
+        return exact
+    best = exact
     for prefix in sorted({name.split(".", 1)[0] + "." for name in (*base, *tuned) if "." in name}):
-        longer_tuned = {n: n.removeprefix(prefix) for n in tuned if n.removeprefix(prefix) in held}
-        longer_base = {n: prefix + n for n in tuned if prefix + n in held}
-        for candidate in (longer_tuned, longer_base):
-            if len(candidate) > len(best):
-                best = candidate
+        longer_tuned = {n: n.removeprefix(prefix) for n in tuned if n.startswith(prefix)}
+        longer_base = {n: prefix + n for n in tuned}
+        for guess in (longer_tuned, longer_base):
+            added = {n: b for n, b in guess.items() if b in held and b not in exact and n not in exact}
+            if len(exact) + len(added) > len(best):
+                best = {n: exact.get(n) or added[n] for n in tuned if n in exact or n in added}
     return best
 
 

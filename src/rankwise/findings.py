@@ -47,7 +47,7 @@ def never_trained(modules: Modules) -> Finding | None:
             "reached these weights."
         )
         return Finding(code="never-trained", level="error", text=text)
-    text = f"All {len(modules)} modules are equal bit by bit in base and tuned: nothing was trained, or one was copied."
+    text = f"All {len(modules)} modules are the same numbers in base and tuned: nothing was trained, or one is a copy."
     return Finding(code="identical", level="error", text=text)
 
 
@@ -64,12 +64,12 @@ def dead_modules(modules: Modules) -> Finding | None:
 
 
 def unchanged_modules(modules: Modules) -> Finding | None:
-    """Some modules of a checkpoint pair are equal bit by bit."""
+    """Some modules of a checkpoint pair did not move at all."""
     same = [m for m in modules if m.energy == 0]
     if not same or len(same) == len(modules) or modules[0].r is not None:
         return None
     text = (
-        f"{_share(same, modules)} are equal bit by bit in base and tuned ({_names(same)}): frozen in training, or "
+        f"{_share(same, modules)} are the same numbers in base and tuned ({_names(same)}): frozen in training, or "
         "every update was smaller than half a unit of the dtype."
     )
     return Finding(code="unchanged-modules", level="info", text=text)
@@ -131,7 +131,7 @@ def rank_limited(modules: Modules) -> Finding | None:
     text = (
         f"In {_share(flat, modules)} the smallest singular value is more than {FLAT:.0%} of the largest: the "
         "spectrum is cut off at r before it falls, so the rank may have been the limit. A run at a higher rank "
-        "shows it; `rankwise check` tells how scaling and learning rate have to follow."
+        "shows it. How scaling and learning rate have to follow is what `rankwise check` (planned) measures."
     )
     return Finding(code="rank-limited", level="warning", text=text)
 
@@ -145,7 +145,7 @@ def unused_directions(modules: Modules) -> Finding | None:
     text = (
         f"In {_share(few, modules)} half of the r directions or fewer hold 99 % of the energy. That means one of "
         "two things which this file cannot tell apart: these directions were enough for the task, or the "
-        "others were starved by a small scaling or learning rate. `rankwise check` tells which."
+        "others were starved by a small scaling or learning rate. `rankwise check` (planned) is to tell which."
     )
     return Finding(code="unused-directions", level="info", text=text)
 

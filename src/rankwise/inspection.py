@@ -5,6 +5,7 @@ In: an adapter, or a tuned checkpoint and its base. Out: a spectra/1 record.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import statistics
@@ -129,31 +130,24 @@ def _open_base(base: Source) -> Checkpoint:
 Measured = tuple[list[ModuleSpectrum], list[Skipped], tuple[Finding, ...]]
 
 
-def _base_norms(base: Source | None, modules: Sequence[LoraModule]) -> Callable[[LoraModule], float | None]:
-    """Return a function that reads one base weight and gives its Frobenius norm."""
-    if base is None:
-        return lambda _: None
-    before = _open_base(base)
+def _base_names(before: Checkpoint, base: Source, modules: Sequence[LoraModule]) -> dict[str, str]:
+    """Map every module that the base holds to its tensor there."""
     aligned = align_names(before.names(), [m.module + ".weight" for m in modules])
     if not aligned:
-        before.close()
         raise WrongKindError(
             f"none of the adapter's {len(modules)} modules is in {fspath(base)} (the adapter has "
-            f"{modules[0].module}; the base has {module_of(before.names()[0])}): it is not the model it was trained on"
+            f"{modules[0].module}; the base has {_example(before)}): it is not the model it was trained on"
         )
+    return {module_of(name): tensor for name, tensor in aligned.items()}
 
-    def norm(module: LoraModule) -> float | None:
-        name = aligned.get(module.module + ".weight")
-        if name is None:
-            return None
-        info = before.info(name)
-        if math.prod(info.shape) != math.prod(module.shape):
-            raise ShapeMismatchError(module.module, info.shape, module.shape)
-        weight = before.read(name)
-        energy = energy_of(weight.reshape(weight.shape[0], -1))
-        return math.sqrt(energy) if math.isfinite(energy) else None
 
-    return norm
+def _norm(before: Checkpoint, name: str, module: LoraModule) -> float | None:
+    """Read one base weight and return its Frobenius norm, or None where it is not finite."""
+    shape = before.info(name).shape
+    if math.prod(shape) != math.prod(module.shape):
+        raise ShapeMismatchError(module.module, shape, module.shape)
+    energy = energy_of(before.read(name).reshape(shape[0], -1))
+    return math.sqrt(energy) if math.isfinite(energy) else None
 
 
 def _adapter(opened: Adapter, base: Source | None, wanted: Selection, progress: Progress | None) -> Measured:
@@ -163,13 +157,17 @@ def _adapter(opened: Adapter, base: Source | None, wanted: Selection, progress: 
             f"--modules and --skip leave none of the {len(opened.modules)} modules; the first is "
             f"{opened.modules[0].module}"
         )
-    norm = _base_norms(base, chosen) if chosen else None
     measured = []
-    for done, module in enumerate(chosen):
-        if progress is not None:
-            progress(module.module, done, len(chosen))
-        a, b = opened.read_factors(module)
-        measured.append(spectra.adapter_spectrum(module, a, b, norm(module) if norm is not None else None))
+    with contextlib.ExitStack() as stack:
+        names: dict[str, str] = {}
+        if base is not None and chosen:
+            before = stack.enter_context(_open_base(base))
+            names = _base_names(before, base, chosen)
+        for done, module in enumerate(chosen):
+            if progress is not None:
+                progress(module.module, done, len(chosen))
+            norm = _norm(before, names[module.module], module) if module.module in names else None
+            measured.append(spectra.adapter_spectrum(module, *opened.read_factors(module), norm))
     return measured, list(opened.skipped), tuple(opened.findings)
 
 

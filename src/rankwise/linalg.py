@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.bands import gram_or_band_values
 from rankwise.errors import DeviceError, MissingDependencyError
 
 Array = NDArray[Any]
@@ -99,7 +100,7 @@ def matrix_values(matrix: Array, *, device: str = "cpu") -> Values:
 
     The Gram matrix squares the condition number, so it is formed in float64: the error of a value is
     about 1e-15 sigma_1^2 / sigma, 1e-9 relative at 1e-3 of the largest (float32 would leave nothing
-    below 1e-3). The float64 copy is made a block of rows at a time.
+    below 1e-3). `rankwise.bands` holds the route on the CPU.
 
     Args:
         matrix: shape (rows, columns), float32 or float64, finite, not empty.
@@ -112,23 +113,12 @@ def matrix_values(matrix: Array, *, device: str = "cpu") -> Values:
         DeviceError: the device is not there.
     """
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T  # (rows, n), n <= rows
-    squares = _gram_eigenvalues_cpu(tall) if device == "cpu" else _gram_eigenvalues_torch(tall, device)
-    sigma = np.sqrt(np.maximum(squares, 0.0))[::-1]
-    return Values(np.ascontiguousarray(sigma), energy_of(matrix), complete=True)
-
-
-def _gram_eigenvalues_cpu(tall: Array) -> Array:
-    from scipy.linalg import eigvalsh
-
-    n = tall.shape[1]
-    gram = np.zeros((n, n))
-    step = max(64, BLOCK_ENTRIES // n)  # rows a block
-    for start in range(0, tall.shape[0], step):
-        block = tall[start : start + step].astype(np.float64)
-        gram += block.T @ block
-    # LAPACK reads columns: the transpose of a symmetric matrix is itself, and saves a copy
-    squares: Array = eigvalsh(gram.T, driver="evd", overwrite_a=True, check_finite=False)
-    return squares
+    if device == "cpu":
+        sigma = gram_or_band_values(tall)
+    else:
+        squares = _gram_eigenvalues_torch(tall, device)
+        sigma = np.ascontiguousarray(np.sqrt(np.maximum(squares, 0.0))[::-1])
+    return Values(sigma, energy_of(matrix), complete=True)
 
 
 def torch_device(device: str) -> Any:

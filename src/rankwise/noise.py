@@ -40,7 +40,8 @@ REFILLS: Final = 2  # rounds in which outliers left out of a fit are replaced by
 REFITS: Final = 2  # re-rounding fits: the first value past the rank is then within 4 % of its limit
 ONE_STEP: Final = np.float32(3.5)  # a step of the grid over the deviation of its errors, sqrt(12), and a little
 START: Final = 1.75  # times the grid's edge, where the count starts: an error of ulp / 2 is sqrt(3) deviations
-DEAD: Final = 0.8  # residual energy over the grid's, below which entries that never moved shape the noise
+STILL: Final = 0.02  # unchanged share below which steps are too small beside the update to distort it
+REFIT_ERROR: Final = 0.05  # by which the re-rounded value past the rank may be low
 EXCESS: Final = 1.4  # the same ratio, above which rounding once cannot explain the residual
 MOST_EXCESS: Final = 7.0  # the same, for any rounding: truncation against nearest leaves ulp**2 / 2, which is 6
 FEW: Final = 1e-3  # share of moves longer than a step that no real update stays below
@@ -296,12 +297,18 @@ class _Search:
             edge = self.margin * self.flipped(rest) / math.sqrt(self.taken(rank))
             del rest
             lost = 0.0
-            if factors is not None and self.left(rank) < DEAD * self.pair.grid_energy:
+            if factors is not None and self.pair.unchanged > STILL:
                 lost, made = self.rerounded(factors)
-                edge = max(edge, self.margin * made)
+                edge = max(edge, (self.margin + REFIT_ERROR) * made)
             before, rank = rank, _count(self.values, edge)
             if rank == before or rank > self.most:
                 break
+        fewer = _count(self.values, lost)
+        if 0 < fewer < rank and (factors := self.directions(fewer, grid_edge)) is not None:
+            less, made = self.rerounded(factors)  # in large modules the distortion of a few makes more
+            made *= self.margin + REFIT_ERROR
+            if _count(self.values, made) <= fewer:
+                edge, lost, rank = max(edge, made), less, fewer
         if rank and edge < lost < self.values[rank - 1]:
             edge = lost  # the part of the update that was lost is rounding too, as long as it hides no signal
         return edge, rank, energy

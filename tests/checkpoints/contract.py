@@ -115,8 +115,8 @@ def imports_little(made):
     code = (
         "import sys; from rankwise.checkpoints import open_source\n"
         f"o = open_source({str(made.source)!r}); [o.read_factors(m) for m in getattr(o, 'modules', [])]\n"
-        "heavy = {'torch', 'transformers', 'peft', 'scipy', 'huggingface_hub', 'fsspec', 'safetensors'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "heavy = {'torch', 'transformers', 'peft', 'scipy', 'huggingface_hub', 'fsspec', 'safetensors'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

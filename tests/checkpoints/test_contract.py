@@ -1,9 +1,9 @@
 """Every reader of the table, held to every rule of the contract."""
 
 import pytest
+
 from checkpoints import contract
 from checkpoints.making import MAKERS
-
 from rankwise.checkpoints import READERS
 
 

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints.making import R, kohya, mlx, normal
 from safetensors.numpy import load_file, save_file
 
+from checkpoints.making import R, kohya, mlx, normal
 from rankwise.checkpoints import open_source
 from rankwise.errors import ConfigError, TensorError, UnsupportedAdapterError
 

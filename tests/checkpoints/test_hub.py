@@ -9,8 +9,8 @@ import sys
 import threading
 
 import pytest
-from checkpoints.making import MAKERS, normal, write_shards
 
+from checkpoints.making import MAKERS, normal, write_shards
 from rankwise.checkpoints import open_source
 from rankwise.errors import SourceNotFoundError
 

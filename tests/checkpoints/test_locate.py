@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from checkpoints.making import MAKERS, checkpoint, peft, raw_file
 
+from checkpoints.making import MAKERS, checkpoint, peft, raw_file
 from rankwise.checkpoints import open_source
 from rankwise.errors import (
     AccessError,
@@ -103,7 +103,9 @@ def test_training_state_is_not_taken_for_weights(tmp_path):
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["", " ", "no-such-file", "./no/such", "/no/such/folder", "a/b/c", "x" * 5000, "nul\0"])
+@pytest.mark.parametrize(
+    "source", ["", " ", "no-such-file", "./no/such", "/no/such/folder", "a/b/c", "x" * 5000, "nul\0"]
+)
 def test_nothing_there(source):
     with pytest.raises(SourceNotFoundError):
         open_source(source)

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints.making import R, normal, peft
 from safetensors.numpy import load_file, save_file
 
+from checkpoints.making import R, normal, peft
 from rankwise.checkpoints import open_source
 from rankwise.errors import ConfigError, TensorError, UnknownFormatError, UnsupportedAdapterError
 
@@ -88,7 +88,9 @@ def test_patterns_that_match_nothing_are_told(tmp_path, rng):
 
 
 def test_one_factor_without_the_other(tmp_path, rng):
-    tensors = factors(rng, "base_model.model.a") | factors(rng, "base_model.model.b") | factors(rng, "base_model.model.c")
+    tensors = (
+        factors(rng, "base_model.model.a") | factors(rng, "base_model.model.b") | factors(rng, "base_model.model.c")
+    )
     del tensors[f"base_model.model.a.{B}"], tensors[f"base_model.model.b.{A}"]
     with open_source(write(tmp_path, tensors)) as adapter:
         assert codes(adapter) == [("a-only", "error"), ("b-only", "error")]
@@ -105,7 +107,11 @@ def test_an_adapter_without_any_pair_still_opens(tmp_path, rng):
 @pytest.mark.parametrize(
     ("a", "b", "words"),
     [
-        ((3, 4), (5, 2), r"a\.lora_A\.weight of shape \(3, 4\) and a\.lora_B\.weight of shape \(5, 2\).*rank 3, B of rank 2"),
+        (
+            (3, 4),
+            (5, 2),
+            r"a\.lora_A\.weight of shape \(3, 4\) and a\.lora_B\.weight of shape \(5, 2\).*rank 3, B of rank 2",
+        ),
         ((4, 4), (6, 2), "do not fit"),  # would be a grouped convolution, if it were one
         ((0, 4), (5, 0), "none of them 0"),
         ((3,), (5, 3), "wanted 2 dimensions"),
@@ -132,8 +138,7 @@ def test_every_float_dtype_is_widened_exactly(name, tmp_path, rng):
 
     dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
     tensors = factors(rng, "a", dtype=dtype)
-    torch_like = {k: v for k, v in tensors.items()}
-    with open_source(write(tmp_path, torch_like)) as adapter:
+    with open_source(write(tmp_path, tensors)) as adapter:
         a, b = adapter.read_factors(adapter.modules[0])
         wide = np.float64 if name == "float64" else np.float32
         assert a.dtype == b.dtype == wide
@@ -212,7 +217,11 @@ def test_two_pairs_for_one_module(tmp_path, rng):
 @pytest.mark.parametrize(
     ("config", "name"),
     [({"peft_type": t}, t) for t in ("LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "ADALORA", "PROMPT_TUNING", "HRA")]
-    + [({"lora_bias": True}, "bias on B"), ({"use_qalora": True}, "QA-LoRA"), ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA")],
+    + [
+        ({"lora_bias": True}, "bias on B"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
+    ],
 )
 def test_other_kinds_are_refused_by_the_config(config, name, tmp_path, rng):
     with pytest.raises(UnsupportedAdapterError, match=name):
@@ -226,7 +235,9 @@ def test_config_of_another_kind_whose_tensors_are_unknown(tmp_path, rng):
         open_source(write(tmp_path, {"base_model.model.a.strange": normal(rng, 3)}))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", "\xff\xfe", "{" * 100_000, '{"r": NaN}', '{"target_parameters": "x"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "7", "\xff\xfe", "{" * 100_000, '{"r": NaN}', '{"target_parameters": "x"}']
+)
 def test_configs_that_are_none(text, tmp_path, rng):
     made = peft(tmp_path, rng)
     (tmp_path / "adapter_config.json").write_bytes(text.encode("latin-1"))
@@ -237,5 +248,7 @@ def test_configs_that_are_none(text, tmp_path, rng):
 def test_order_of_the_file(tmp_path, rng):
     made = peft(tmp_path, rng)
     with open_source(made.source) as adapter:
-        by_file = list(dict.fromkeys(k.split(".lora_")[0].removeprefix("base_model.model.") for k in load_file(made.weights)))
+        by_file = list(
+            dict.fromkeys(k.split(".lora_")[0].removeprefix("base_model.model.") for k in load_file(made.weights))
+        )
         assert [m.module for m in adapter.modules] == by_file

@@ -6,8 +6,8 @@ import threading
 
 import numpy as np
 import pytest
-from checkpoints.making import MAKERS, normal, write_shards
 
+from checkpoints.making import MAKERS, normal, write_shards
 from rankwise.checkpoints import open_source
 from rankwise.errors import AccessError, MalformedFileError, MissingDependencyError, SourceNotFoundError
 

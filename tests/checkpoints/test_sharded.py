@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+
 from checkpoints.contract import counted
 from checkpoints.making import normal, write_shards
-
 from rankwise.checkpoints import open_source
 from rankwise.errors import MalformedFileError, UnknownFormatError
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -84,7 +85,7 @@ def test_a_payload_is_refused_and_not_executed(tmp_path, how):
     # a pickle of a later protocol is refused before torch tells what it calls
     with pytest.raises(UnsafeFileError if how != "pickle" else (UnsafeFileError, MalformedFileError)) as caught:
         open_source(tmp_path)
-    assert not os.path.exists(trap)
+    assert not Path(trap).exists()
     assert "pytorch_model.bin" in str(caught.value)
 
 

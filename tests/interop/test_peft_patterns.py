@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from rankwise.checkpoints import open_source
+from rankwise.checkpoints.patterns import DEFAULTS
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
@@ -280,7 +281,10 @@ def test_another_adapter_name_and_bin_files(tmp_path):
     layers = attached(model, "mine")
     from safetensors.torch import load_file, save_file
 
-    raw = {k.replace("lora_A.", "lora_A.mine."): v for k, v in load_file(tmp_path / "mine/adapter_model.safetensors").items()}
+    raw = {
+        k.replace("lora_A.", "lora_A.mine."): v
+        for k, v in load_file(tmp_path / "mine/adapter_model.safetensors").items()
+    }
     raw = {k.replace("lora_B.", "lora_B.mine."): v for k, v in raw.items()}
     save_file(raw, tmp_path / "named.safetensors")
     (tmp_path / "adapter_config.json").write_bytes((tmp_path / "mine/adapter_config.json").read_bytes())
@@ -415,3 +419,9 @@ def test_alpha_of_rslora_is_over_the_square_root(tmp_path):
     model.save_pretrained(tmp_path)
     with open_source(tmp_path) as adapter:
         assert {(m.scaling, m.rule) for m in adapter.modules} == {(6 / math.sqrt(4), "rslora")}
+
+
+def test_the_defaults_are_those_of_lora_config():
+    default = LoraConfig()
+    assert {"r": default.r, "lora_alpha": default.lora_alpha} == DEFAULTS
+    assert default.use_rslora is False

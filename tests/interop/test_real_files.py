@@ -1,4 +1,4 @@
-"""`inspect` on real adapters and a real base/tuned pair, against a dense float64 SVD made without rankwise's readers."""
+"""`inspect` on real files, against a dense float64 SVD of what another reader found in them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def test_real_diffusion_adapter_agrees_with_a_dense_svd(samples: Path) -> None:
     assert len(record.modules) == sum(name.endswith(":up") for name in tensors)
     checked = 0
     for module in record.modules[:: len(record.modules) // 12]:
-        name = next(n for n in tensors if n.endswith(":up") and n.removesuffix(":up") in (module.module, module.module.replace(".", ":")))
+        spellings = (module.module, module.module.replace(".", ":"))
+        name = next(n for n in tensors if n.endswith(":up") and n.removesuffix(":up") in spellings)
         up, down = (tensors[name.removesuffix(":up") + end].astype(np.float64) for end in (":up", ":down"))
         delta = up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
         assert module.scaling is not None

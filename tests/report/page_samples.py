@@ -77,9 +77,7 @@ def unknown(name: str) -> ModuleSpectrum:
 def record(modules: Sequence[ModuleSpectrum], **more: Any) -> SpectraRecord:
     """Return a record of these modules with the summary that `inspect` would write."""
     moved = [m for m in modules if m.energy]
-    curves = [
-        criteria.Spectrum(m.module, m.shape, m.singular_values, float(m.energy or 0), m.complete) for m in moved
-    ]
+    curves = [criteria.Spectrum(m.module, m.shape, m.singular_values, float(m.energy or 0), m.complete) for m in moved]
     longest = max((len(m.singular_values) for m in modules), default=0)
     shares: dict[str, float | None] = {}
     for rank in (2**k for k in range(longest.bit_length())):

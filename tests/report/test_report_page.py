@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -114,7 +115,10 @@ def test_hostile_names_stay_words() -> None:
         skipped=(Skipped(module=HOSTILE, reason=HOSTILE),),
         others=(Finding(code="<b>", level="warning", text=HOSTILE),),
     )
-    html, calm = render_page(record), render_page(samples.record([samples.module("w", [1.0]), samples.module("v", [1.0])]))
+    html, calm = (
+        render_page(record),
+        render_page(samples.record([samples.module("w", [1.0]), samples.module("v", [1.0])])),
+    )
     reader = Reader(html)
     assert reader.open == []
     assert len(reader.of("script")) == len(Reader(calm).of("script"))
@@ -123,6 +127,12 @@ def test_hostile_names_stay_words() -> None:
     assert "<script>window.hacked" not in html
     assert "".join(reader.words["option"]).count(HOSTILE) == 2
     assert "49" not in "".join(reader.words["h1"]), "a name is no template"
+
+
+def test_data_cannot_end_its_script_element() -> None:
+    text = str(page_module._json({"</script>": "<!--&\u2028"}))
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"</script>": "<!--&\u2028"}
 
 
 def test_hostile_simulation_stays_words() -> None:

@@ -157,8 +157,8 @@ def _scale(draft: Draft, settings: LoraSettings | None, name: str, r: int, modul
 def _note_alpha_order(draft: Draft, settings: LoraSettings, name: str, module: str) -> None:
     if len(settings.claims(name)[1]) > 1:
         text = (
-            "{modules}: several keys of `alpha_pattern` match and give different alphas. The first is used, as PEFT does "
-            "when it loads; but PEFT sorts keys when it saves, so training may have used another."
+            "{modules}: several keys of `alpha_pattern` match and give different alphas. The first is used, as PEFT "
+            "does when it loads; but PEFT sorts keys when it saves, so training may have used another."
         )
         draft.note("pattern-order", "warning", text, module)
 
@@ -218,8 +218,8 @@ def _add_parameter(draft: Draft, pair: Pair, settings: LoraSettings | None, para
         _note_alpha_order(draft, settings, name, pair.module)
         if len(settings.claims(name)[0]) > 1:
             text = (
-                "{modules}: several keys of `rank_pattern` match and give different ranks. The first is used to tell the "
-                "experts apart; PEFT sorts keys when it saves, so their number here may be wrong."
+                "{modules}: several keys of `rank_pattern` match and give different ranks. The first is used to tell "
+                "the experts apart; PEFT sorts keys when it saves, so their number here may be wrong."
             )
             draft.note("pattern-order", "error", text, pair.module)
     if count == 1:

@@ -42,7 +42,7 @@ def share(value: float | None, digits: int = 3) -> str:
     A share just below one is never written as 100 %.
 
     >>> share(0.5), share(0.00123), share(0.99985), share(None)
-    ('50 %', '0.123 %', '99.985 %', '–')
+    ('50 %', '0.123 %', '99.98 %', '–')
     """
     value = known(value)
     if value is None:

@@ -117,12 +117,14 @@ def _detail(record: SpectraRecord, n: int, longest: int, lines: int) -> str:
 
 def _caption(drawable: list[ModuleSpectrum]) -> tuple[str, ...]:
     n = len(drawable)
-    lines = "The line is the one module" if n == 1 else f"Each thin line is one of {n} modules, the bold line their mean"
+    lines = (
+        "The line is the one module" if n == 1 else f"Each thin line is one of {n} modules, the bold line their mean"
+    )
     sentences = [
         f"{lines}: the share of the squared Frobenius norm of ΔW that the largest directions up to a rank hold (no "
         "unit).",
-        "The best approximation of that rank has the relative error √(1\u00a0−\u00a0share): 90 % still leaves an error of "
-        "32 %, 99 % one of 10 %.",
+        "The best approximation of that rank has the relative error √(1\u00a0−\u00a0share): 90 % still leaves an "
+        "error of 32 %, 99 % one of 10 %.",
     ]
     if any(m.rounding_limited for m in drawable):
         sentences.append(
@@ -130,7 +132,8 @@ def _caption(drawable: list[ModuleSpectrum]) -> tuple[str, ...]:
         )
     sentences.append(
         "It does not say which rank the task needs: a curve that rises early can mean that few directions were "
-        "enough, or that the others were starved by a small scaling or learning rate. Only `rankwise check` tells."
+        "enough, or that the others were starved by a small scaling or learning rate. `rankwise check` (planned) is "
+        "to tell."
     )
     return tuple(sentences)
 

@@ -26,6 +26,9 @@ MOST_LONE_COLUMNS: Final = 40
 MOST_TEXT_COLUMNS: Final = 10
 """Columns up to which a cell has room for its number."""
 
+MOST_TALL_ROWS: Final = 48
+"""Layers up to which a row is 20 px high."""
+
 LONG_LABEL: Final = 22
 """Characters of a column's label past which its beginning is cut."""
 
@@ -156,7 +159,10 @@ def _trace(grid: _Grid, labels: list[str]) -> Json:
         },
     }
     if len(labels) <= MOST_TEXT_COLUMNS:
-        trace |= {"texttemplate": "%{text}", "textfont": {"size": 10.5, "color": "#111111"}}
+        trace |= {
+            "texttemplate": "%{text}",
+            "textfont": {"size": 10.5 if len(grid.layers) <= MOST_TALL_ROWS else 8.5, "color": "#111111"},
+        }
     return trace
 
 
@@ -195,9 +201,10 @@ def draw(record: SpectraRecord) -> Figure | None:
     limited = sum(m.rounding_limited for m in record.modules)
     first = "signal_rank" if limited and "signal_rank" in drawable else next(iter(drawable))
     labels = _column_labels(grid.columns)
-    height = min(1100, max(250, 170 + (20 if len(grid.layers) <= 48 else 13) * len(grid.layers)))
+    tall = 20 if len(grid.layers) <= MOST_TALL_ROWS else 13
+    height = min(1300, max(250, 170 + tall * len(grid.layers)))
     columns = axis("", type="category", side="bottom", showgrid=False, showline=False, ticks="")
-    columns |= {"tickangle": "auto", "autotickangles": [0, -45, -90], "tickfont": {"size": 11}}
+    columns |= {"autotickangles": [0, -45, -90], "tickfont": {"size": 11}}
     rows = axis("layer", type="category", autorange="reversed", showgrid=False, showline=False, ticks="")
     return Figure(
         name="heat-map",

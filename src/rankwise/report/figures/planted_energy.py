@@ -27,7 +27,7 @@ LOOKS = (("@first", "circle", "solid"), ("@second", "diamond", "solid"), ("@thir
 def _traces(name: str, update: SimulatedUpdate, look: tuple[str, str, str]) -> list[Json]:
     color, symbol, dash = look
     sums = list(accumulate(v * v for v in update.singular_values))
-    ranks = ranks_to_draw(len(sums))
+    ranks = ranks_to_draw(len(sums), extra=(row.rank for row in update.rows))
     label = plain(name)
     line: Json = {
         "type": "scatter",

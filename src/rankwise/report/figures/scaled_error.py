@@ -115,7 +115,7 @@ def draw(record: SimulationRecord) -> Figure | None:
         return None
     traces = [t for panel, name in enumerate(names) for t in _traces(record.updates[name], panel)]
     gap = largest_gap(record)
-    agreement = "" if gap is None else f" The two differ by at most {gap:.1g}."
+    agreement = "" if gap is None else f" The two differ by at most {gap:.1g}.".replace("-", "\u2011")
     height = len(names) * PANEL + (len(names) - 1) * GAP + 120
     margin = {"l": 58, "r": 18, "t": 70, "b": 50}
     plot = layout(height, showlegend=True, margin=margin, **_panels(record, names))

@@ -27,7 +27,14 @@
     const layout = paint({ ...spec.layout, ...(choice ? choice.layout : {}) }, style);
     layout.font.family = style.getPropertyValue("--plain").trim();
     layout.dragmode = touch ? false : "zoom";
-    const config = { responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d"] };
+    const config = {
+      responsive: true,
+      displaylogo: false,
+      displayModeBar: touch ? false : "hover",
+      // plotly.js 4 would offer to send the figure to its makers' server: nothing leaves this page
+      modeBarButtons: [["toImage", "zoom2d", "resetScale2d"]],
+      plotlyServerURL: "",
+    };
     return Plotly.react(name + "-plot", paint(data, style), layout, config);
   };
 
