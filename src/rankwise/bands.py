@@ -165,7 +165,7 @@ class _Lapack:
         """Yield a team of as many threads as OpenBLAS uses, which itself is kept to one meanwhile.
 
         OpenBLAS threads wait for each other many times in a product: where another process has a core,
-        halves in threads of ours were 2 to 4 times faster. Other libraries keep their threads.
+        S V in threads of ours took half the time or less. Other libraries keep their threads.
         """
         if self._read_threads is None or self._set_threads is None:
             yield _Team(self, None, 1)

@@ -195,3 +195,16 @@ def test_a_repository_that_the_hub_does_not_have(stand_in):
         "except SourceNotFoundError as error: print(error)"
     )
     assert "no such repository" in run(code)
+
+
+def test_a_hub_that_cannot_be_reached(stand_in):
+    """A local path mistyped looks like a hub id: the message names both."""
+    _, _, run = stand_in
+    code = (
+        "import os; os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'\n"
+        "from rankwise.checkpoints import open_source\n"
+        "from rankwise.errors import AccessError\n"
+        "try: open_source('org/name')\n"
+        "except AccessError as error: print(error)"
+    )
+    assert "'org/name' is no local path, and as a hub repository" in run(code)

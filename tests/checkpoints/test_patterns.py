@@ -1,10 +1,11 @@
 """PEFT's pattern semantics in closed form; tests/interop/test_peft_patterns.py holds them to PEFT itself."""
 
 import math
+import re
 
 import pytest
 
-from rankwise.checkpoints.patterns import first_match, idle_keys, read_settings
+from rankwise.checkpoints.patterns import Pattern, idle_keys, read_settings
 from rankwise.errors import ConfigError
 from rankwise.scaling import scaling
 
@@ -27,7 +28,16 @@ from rankwise.scaling import scaling
     ],
 )
 def test_a_key_covers_the_end_of_the_name_from_a_dot_on(key, name, matches):
-    assert (first_match(((key, 1),), name) is not None) is matches
+    assert (Pattern({key: 1}).matches(name) == (0,)) is matches
+    assert (re.match(rf"(.*\.)?({key})$", name) is not None) is matches  # the line of PEFT
+
+
+def test_the_short_cut_for_plain_keys_changes_nothing(rng):
+    """Plain paths are told by their length first; any key and name over few letters agree with the bare line."""
+    letters = list("ab.\n0_")
+    for _ in range(3000):
+        key, name = ("".join(rng.choice(letters, rng.integers(1, n))) for n in (5, 8))
+        assert bool(Pattern({key: 1}).matches(name)) is bool(re.match(rf"(.*\.)?({key})$", name)), (key, name)
 
 
 def test_first_in_the_order_of_the_file_wins():

@@ -126,4 +126,5 @@ def test_a_published_rank_pattern_gives_each_module_its_own_rank(samples):
     for name, r in config["rank_pattern"].items():
         assert settings.rank_of(name) == r
         assert settings.alpha_of(name) == config["alpha_pattern"][name]
-        assert settings.claims(name) == ([r], [config["alpha_pattern"][name]])
+        assert settings.ranks.every(name) == [r]
+        assert settings.alphas.every(name) == [config["alpha_pattern"][name]]

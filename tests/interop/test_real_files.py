@@ -66,8 +66,8 @@ def test_real_adapter_agrees_with_a_dense_svd(samples: Path, name: str) -> None:
     record = rankwise.inspect(folder)
     deltas = dense_deltas(folder)
     assert [m.module for m in record.modules] == list(deltas)
-    # a dense SVD takes seconds a module: the first, the last and every seventh stand for the rest
-    chosen = sorted({0, len(deltas) - 1, *range(0, len(deltas), 7)})
+    # a dense float64 SVD takes seconds a module: three, spread over the depth, stand for the rest
+    chosen = sorted({0, len(deltas) // 2, len(deltas) - 1})
     for index in chosen:
         module = record.modules[index]
         assert module.shape == deltas[module.module].shape

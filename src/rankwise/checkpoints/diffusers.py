@@ -36,7 +36,7 @@ _IMAGE: Final = re.compile(
 
 def recognises(names: Sequence[str]) -> bool:
     """Tell whether any tensor is named as only diffusers names factors."""
-    return any(_OLD.fullmatch(n) or (_NEW.fullmatch(n) and _IMAGE.match(n)) for n in names)
+    return any("lora" in n and (_OLD.fullmatch(n) or (_NEW.fullmatch(n) and _IMAGE.match(n))) for n in names)
 
 
 def read(source: str, weights: WeightSet, config: Mapping[str, Any] | None) -> Adapter:

@@ -25,7 +25,7 @@ _INDEXED: Final = re.compile(r"(?P<module>[^:]+:\d+):(?P<part>down|up)")
 
 def recognises(names: Sequence[str]) -> bool:
     """Tell whether any tensor is named as kohya names factors."""
-    return any(_KEY.fullmatch(name) for name in names)
+    return any(name.endswith((".lora_down.weight", ".lora_up.weight")) for name in names)
 
 
 def read(source: str, weights: WeightSet, config: Mapping[str, Any] | None) -> Adapter:
@@ -60,7 +60,7 @@ def skip_whole(draft: Draft, name: str) -> None:
 
 def recognises_indexed(names: Sequence[str]) -> bool:
     """Tell whether any tensor is named as cloneofsimo/lora names factors."""
-    return any(_INDEXED.fullmatch(name) for name in names)
+    return any(name.endswith((":down", ":up")) and _INDEXED.fullmatch(name) for name in names)
 
 
 def read_indexed(source: str, weights: WeightSet, config: Mapping[str, Any] | None) -> Adapter:

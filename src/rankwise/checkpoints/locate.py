@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from rankwise.checkpoints.kinds import complete
 from rankwise.checkpoints.sharded import INDEX, TORCH
 from rankwise.checkpoints.stores import LocalStore, RemoteStore, Store, os_error, printable, remote_error
-from rankwise.errors import SourceNotFoundError
+from rankwise.errors import AccessError, SourceNotFoundError
 
 _REPO: Final = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>refs/(?:pr|convert)/[^/@\s]+|[^/@\s]+))?(?:/(?P<inside>.+))?",
@@ -157,4 +157,6 @@ def _on_hub(source: str, repository: str, folder: str, file: str, partly_cached:
             f"{printable(source)!r} is no local path, and the hub has no such repository, revision or folder (or it is "
             "private: hf auth login)."
         ) from error
+    except AccessError as error:
+        raise AccessError(f"{printable(source)!r} is no local path, and as a hub repository: {error}") from error
     return Place(store, file or None)

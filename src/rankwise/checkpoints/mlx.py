@@ -27,7 +27,7 @@ _TABLES: Final = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embedd
 
 def recognises(names: Sequence[str]) -> bool:
     """Tell whether any tensor is named as mlx-lm names factors."""
-    return any(_KEY.fullmatch(name) for name in names)
+    return any(name.endswith((".lora_a", ".lora_b")) for name in names)
 
 
 def read(source: str, weights: WeightSet, config: Mapping[str, Any] | None) -> Adapter:

@@ -11,14 +11,66 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from rankwise.errors import ConfigError
 
 DEFAULTS: Final = {"r": 8, "lora_alpha": 8}
 """What PEFT's LoraConfig takes where the config is silent."""
+
+
+_LITERAL: Final = re.compile(r"[\w.]+", re.ASCII)
+
+Number = TypeVar("Number", int, float)
+
+
+class Pattern(Generic[Number]):
+    """A `rank_pattern` or `alpha_pattern`: keys that are regular expressions, in the order of the file.
+
+    >>> q = Pattern({"q_proj": 8, "layers.0.q_proj": 64, "proj": 4, "^q_proj": 2})
+    >>> q.matches("model.layers.0.q_proj")
+    (0, 1)
+    """
+
+    def __init__(self, items: Mapping[str, Number]) -> None:
+        self.keys = tuple(items)
+        self.values: tuple[Number, ...] = tuple(items.values())
+        # a plan may have a key for every module: each is compiled once, and plain paths of another length are
+        # told without it (the cache of `re` holds 512)
+        self._tests = tuple((len(k) if _LITERAL.fullmatch(k) else 0, re.compile(_whole(k)).match) for k in items)
+        self._known: dict[str, tuple[int, ...]] = {}
+
+    def matches(self, name: str) -> tuple[int, ...]:
+        """Return the positions of all keys that match `name`; the first is the one that holds."""
+        if name not in self._known:
+            self._known[name] = tuple(i for i, test in enumerate(self._tests) if self._fits(name, *test))
+        return self._known[name]
+
+    @staticmethod
+    def _fits(name: str, plain: int, match: Callable[[str], object]) -> bool:
+        if plain and not name.endswith("\n"):  # `$` also matches before a line break
+            before = len(name) - plain - 1
+            if before < -1 or (before >= 0 and name[before] != "."):
+                return False
+        return match(name) is not None
+
+    def first(self, name: str, default: Number) -> Number:
+        """Return the value of the first key that matches, else `default`."""
+        found = self.matches(name)
+        return self.values[found[0]] if found else default
+
+    def every(self, name: str) -> list[Number]:
+        """Return the distinct values of all keys that match, not of the first alone.
+
+        PEFT sorts the keys when it saves a config, so the first in the file need not be the first in training.
+        """
+        return list(dict.fromkeys(self.values[i] for i in self.matches(name)))
+
+
+def _whole(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +81,16 @@ class LoraSettings:
         r: rank of modules that no key of `rank_pattern` matches.
         lora_alpha: alpha of modules that no key of `alpha_pattern` matches.
         use_rslora: whether the scaling is alpha / sqrt(r) rather than alpha / r, for all modules.
-        rank_pattern: (key, rank), in the order of the file.
-        alpha_pattern: (key, alpha), in the order of the file.
+        ranks: `rank_pattern`.
+        alphas: `alpha_pattern`.
         defaulted: fields that the config lacks, so that PEFT's defaults hold.
     """
 
     r: int
     lora_alpha: float
     use_rslora: bool
-    rank_pattern: tuple[tuple[str, int], ...]
-    alpha_pattern: tuple[tuple[str, float], ...]
+    ranks: Pattern[int]
+    alphas: Pattern[float]
     defaulted: tuple[str, ...] = ()
 
     @property
@@ -48,35 +100,11 @@ class LoraSettings:
 
     def rank_of(self, name: str) -> int:
         """Return the rank that PEFT gives to the module `name`."""
-        found = first_match(self.rank_pattern, name)
-        return self.r if found is None else self.rank_pattern[found][1]
+        return self.ranks.first(name, self.r)
 
     def alpha_of(self, name: str) -> float:
         """Return the alpha that PEFT gives to the module `name`."""
-        found = first_match(self.alpha_pattern, name)
-        return self.lora_alpha if found is None else self.alpha_pattern[found][1]
-
-    def claims(self, name: str) -> tuple[list[int], list[float]]:
-        """Return the distinct ranks and alphas of all keys that match `name`, not of the first alone.
-
-        PEFT sorts the keys when it saves a config, so the first in the file need not be the first in training.
-        """
-        ranks = [r for key in self.rank_pattern if first_match((key,), name) is not None for r in key[1:]]
-        alphas = [a for key in self.alpha_pattern if first_match((key,), name) is not None for a in key[1:]]
-        return list(dict.fromkeys(ranks)), list(dict.fromkeys(alphas))
-
-
-def first_match(pattern: Sequence[tuple[str, Any]], name: str) -> int | None:
-    """Return the position of the first key that matches `name`, or None.
-
-    >>> first_match((("q_proj", 8), ("layers.0.q_proj", 64)), "model.layers.0.q_proj")
-    0
-    >>> first_match((("proj", 8), ("^q_proj", 4)), "model.layers.0.q_proj")
-    """
-    for position, (key, _) in enumerate(pattern):
-        if re.match(rf"(.*\.)?({key})$", name):
-            return position
-    return None
+        return self.alphas.first(name, self.lora_alpha)
 
 
 def idle_keys(settings: LoraSettings, names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -86,17 +114,17 @@ def idle_keys(settings: LoraSettings, names: Sequence[str]) -> tuple[list[str], 
     """
     unmatched: list[str] = []
     shadowed: list[str] = []
-    tables: tuple[tuple[str, Sequence[tuple[str, Any]]], ...] = (
-        ("rank_pattern", settings.rank_pattern),
-        ("alpha_pattern", settings.alpha_pattern),
+    tables: tuple[tuple[str, Pattern[int] | Pattern[float]], ...] = (
+        ("rank_pattern", settings.ranks),
+        ("alpha_pattern", settings.alphas),
     )
     for field, pattern in tables:
-        used = {first_match(pattern, name) for name in names} if pattern else set()
-        for position, item in enumerate(pattern):
-            if position in used:
-                continue
-            matches = any(first_match((item,), name) is not None for name in names)
-            (shadowed if matches else unmatched).append(f"{field}[{item[0]!r}]")
+        found = [m for name in names if (m := pattern.matches(name))]
+        matched = {position for positions in found for position in positions}
+        used = {positions[0] for positions in found}
+        for position, key in enumerate(pattern.keys):
+            if position not in used:
+                (shadowed if position in matched else unmatched).append(f"{field}[{key!r}]")
     return unmatched, shadowed
 
 
@@ -122,8 +150,8 @@ def read_settings(config: Mapping[str, Any], where: str) -> LoraSettings:
         r,
         alpha,
         bool(rslora),
-        tuple((key, _rank(value, f"rank_pattern[{key!r}]", where)) for key, value in ranks.items()),
-        tuple((key, _alpha(value, f"alpha_pattern[{key!r}]", where)) for key, value in alphas.items()),
+        Pattern({key: _rank(value, f"rank_pattern[{key!r}]", where) for key, value in ranks.items()}),
+        Pattern({key: _alpha(value, f"alpha_pattern[{key!r}]", where) for key, value in alphas.items()}),
         missing,
     )
 
@@ -156,7 +184,7 @@ def _pattern(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, 
         )
     for key in found:
         try:
-            re.compile(rf"(.*\.)?({key})$")
+            re.compile(_whole(key))
         except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(
                 f"{where}: the key {key!r:.200} of `{field}` is no regular expression: {error}."

@@ -35,7 +35,7 @@ _KEEPS_BASE: Final = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
 def recognises(names: Sequence[str]) -> bool:
     """Tell whether any tensor is named as PEFT names factors."""
-    return any(_KEY.fullmatch(name) for name in names)
+    return any(".lora_" in name and _KEY.fullmatch(name) for name in names)
 
 
 @dataclass(slots=True)
@@ -134,8 +134,7 @@ def _scale(draft: Draft, settings: LoraSettings | None, name: str, r: int, modul
     if settings is None:
         return Scale()
     wanted = settings.rank_of(name)
-    ranks, _ = settings.claims(name)
-    if r != wanted and r in ranks:
+    if r != wanted and r in settings.ranks.every(name):
         text = (
             "{modules}: several keys of `rank_pattern` match, and the tensors have not the rank of the first. PEFT "
             "sorts keys when it saves, so the order in training was another; the tensors' rank is used. PEFT "
@@ -155,7 +154,7 @@ def _scale(draft: Draft, settings: LoraSettings | None, name: str, r: int, modul
 
 
 def _note_alpha_order(draft: Draft, settings: LoraSettings, name: str, module: str) -> None:
-    if len(settings.claims(name)[1]) > 1:
+    if len(settings.alphas.every(name)) > 1:
         text = (
             "{modules}: several keys of `alpha_pattern` match and give different alphas. The first is used, as PEFT "
             "does when it loads; but PEFT sorts keys when it saves, so training may have used another."
@@ -216,7 +215,7 @@ def _add_parameter(draft: Draft, pair: Pair, settings: LoraSettings | None, para
     if settings is not None:
         scale = Scale.by_rule(settings.rule, settings.alpha_of(name), r)
         _note_alpha_order(draft, settings, name, pair.module)
-        if len(settings.claims(name)[0]) > 1:
+        if len(settings.ranks.every(name)) > 1:
             text = (
                 "{modules}: several keys of `rank_pattern` match and give different ranks. The first is used to tell "
                 "the experts apart; PEFT sorts keys when it saves, so their number here may be wrong."
