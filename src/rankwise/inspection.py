@@ -20,7 +20,7 @@ from rankwise.checkpoints.model import Adapter, Checkpoint, LoraModule
 from rankwise.deltas import Selection, align_names, matrices_in, module_of, pair_checkpoints, read_deltas, selection
 from rankwise.errors import NothingToMeasureError, ShapeMismatchError, UsageError, WrongKindError
 from rankwise.findings import find
-from rankwise.linalg import energy_of, torch_device
+from rankwise.linalg import energy_of, one_thread, torch_device
 from rankwise.records import Finding, ModuleSpectrum, Skipped, SpectraRecord, SpectraSummary, now, version
 
 Progress = Callable[[str, int, int], None]
@@ -159,6 +159,7 @@ def _adapter(opened: Adapter, base: Source | None, wanted: Selection, progress: 
         )
     measured = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(one_thread())
         names: dict[str, str] = {}
         if base is not None and chosen:
             before = stack.enter_context(_open_base(base))

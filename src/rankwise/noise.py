@@ -21,29 +21,28 @@ Three nulls answer the question, each where the others are blind:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from rankwise.grids import BLOCK_ENTRIES, Floats, Pair, block_energy, row_blocks
+
 Factors = tuple[Floats, Floats]
 """Left (m, k), singular values in it, and right (k, n) with orthonormal rows."""
 
-BLOCK_ENTRIES: Final = 1 << 19  # entries handled at a time, 2 MiB in float32: they stay in the cache
 KRYLOV_STEPS: Final = 16  # at a soft edge the Ritz value is low by (pi / 2 / steps)**2 / 2: half a percent
 MAX_DEFLATED: Final = 128  # directions taken out for the flips; past them the grid alone sets the edge
 ROUNDS: Final = 5  # of counting and taking out; two or three are usual
 REFILLS: Final = 2  # rounds in which outliers left out of a fit are replaced by what the fit says
 REFITS: Final = 2  # re-rounding fits: the first value past the rank is then within 4 % of its limit
-ONE_STEP: Final = np.float32(3.5)  # a step of the grid over the deviation of its errors, sqrt(12), and a little
 START: Final = 1.75  # times the grid's edge, where the count starts: an error of ulp / 2 is sqrt(3) deviations
 STILL: Final = 0.02  # unchanged share below which steps are too small beside the update to distort it
 REFIT_ERROR: Final = 0.05  # by which the re-rounded value past the rank may be low
-EXCESS: Final = 1.4  # the same ratio, above which rounding once cannot explain the residual
-MOST_EXCESS: Final = 7.0  # the same, for any rounding: truncation against nearest leaves ulp**2 / 2, which is 6
+EXCESS: Final = 1.4  # residual energy over the sum of ulp**2 / 12, above which rounding once cannot explain it
+MOST_EXCESS: Final = 7.0  # the same ratio, for any rounding: truncation against nearest leaves ulp**2 / 2, which is 6
 FEW: Final = 1e-3  # share of moves longer than a step that no real update stays below
 RESOLVED: Final = 1e-5  # share of the energy below which a sum of squared values loses what is left
 SMALLEST: Final = 1e-18  # root mean square difference whose products underflow in float32
@@ -93,7 +92,7 @@ def read_noise(
         fraction: energy share that the ranks beside this reading use, for `rounding_limited`.
         accuracy: error of `singular_values` relative to the largest; no smaller value counts as signal.
     """
-    pair = _Pair(base, tuned, np.asarray(delta, np.float32))
+    pair = Pair(base, tuned, np.asarray(delta, np.float32))
     values = np.asarray(singular_values, np.float64)
     if pair.energy == 0.0 or values.size == 0:
         return NoiseReading(0.0, 0, pair.unchanged, False, 0.0)
@@ -112,124 +111,10 @@ def _count(values: NDArray[np.float64], edge: float) -> int:
     return int(np.count_nonzero(values > edge))
 
 
-def _energy(block: Floats) -> float:
-    return float(np.square(block, dtype=np.float64).sum())
-
-
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    step = max(1, BLOCK_ENTRIES // max(1, shape[1]))
-    for start in range(0, shape[0], step):
-        yield slice(start, start + step)
-
-
-class _Pair:
-    """Two tensors, the grids that their values stand on, and sums over their difference."""
-
-    def __init__(self, base: NDArray[Any], tuned: NDArray[Any], delta: Floats) -> None:
-        self.base, self.tuned, self.delta = base, tuned, delta
-        self.bits, base_bits = _mantissa_bits(tuned), _mantissa_bits(base)
-        half = "float16" in (base.dtype.name, tuned.dtype.name) or self.bits == 10
-        self.least = np.float32(2.0**-24 if half else 2.0**-149)  # float16 has no finer step
-        self.base_bits: int | None = None
-        if base_bits < self.bits and self._base_was_rounded(base_bits):
-            self.base_bits = base_bits
-        same, leaps, self.energy, self.grid_energy, self.tallest = 0, 0, 0.0, 0.0, 0.0
-        unsigned = f"u{base.dtype.itemsize}"
-        for rows in _row_blocks(delta.shape):
-            equal = delta[rows] == 0
-            if base.dtype == tuned.dtype:
-                equal = base[rows].view(unsigned) == tuned[rows].view(unsigned)
-            same += int(np.count_nonzero(equal))
-            size, noise = np.abs(delta[rows]), self.grid_noise(rows)
-            leaps += int(np.count_nonzero(size > noise * ONE_STEP))
-            self.tallest = max(self.tallest, float(size.max(initial=0.0)))
-            self.energy += _energy(size)
-            self.grid_energy += _energy(noise)
-        self.unchanged = same / max(1, delta.size)
-        self.leaps = leaps / max(1, delta.size - same)  # share of the moves that is longer than one step
-
-    def ulp(self, weights: Floats, bits: int) -> Floats:
-        """Return the spacing 2**(exponent - bits) of the grid at each weight."""
-        power = (weights.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
-        return np.asarray(np.maximum(power * np.float32(2.0**-bits), self.least), np.float32)
-
-    def grid_noise(self, rows: slice) -> Floats:
-        """Return the standard deviation of uniform rounding errors, ulp / sqrt(12), of some rows."""
-        step = self.ulp(self.tuned[rows].astype(np.float32), self.bits)
-        if self.base_bits is not None:
-            step = np.hypot(step, self.ulp(self.base[rows].astype(np.float32), self.base_bits))
-        return np.asarray(step * np.float32(1 / math.sqrt(12)), np.float32)
-
-    def _base_was_rounded(self, bits: int) -> bool:
-        """Ask whether a base on a coarser grid can be the rounding of the weights `tuned` started from.
-
-        If it is, every magnitude of the difference carries ulp**2 / 12 at least. A base that was exact (a
-        model trained in float32 from a bfloat16 file) leaves less than that on its largest weights.
-        """
-        found, expected = self._by_magnitude(self.delta, bits)
-        main = expected > 0.02 * expected.sum()
-        return bool((found[main] > 0.8 * expected[main]).all())
-
-    def scales_with_grid(self, residual: Floats) -> bool:
-        """Ask whether a residual is one multiple of the grid's variance at every magnitude of the weights."""
-        found, expected = self._by_magnitude(residual, self.bits)
-        main = expected > 0.1 * expected.sum()
-        ratio = found[main] / expected[main]
-        return bool(ratio.max() < 1.3 * ratio.min())
-
-    def _by_magnitude(self, residual: Floats, bits: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Sum the energy of `residual` and ulp**2 / 12 per binade of the base; both of shape (256,)."""
-        found, expected = np.zeros(256), np.zeros(256)
-        for rows in _row_blocks(residual.shape):
-            weights = self.base[rows].astype(np.float32)
-            exponents = (weights.view(np.uint32) >> 23 & 0xFF).ravel()
-            found += np.bincount(exponents, np.square(residual[rows], dtype=np.float64).ravel(), 256)
-            step = self.ulp(weights, bits).ravel()
-            expected += np.bincount(exponents, np.square(step, dtype=np.float64) / 12.0, 256)
-        return found, expected
-
-    def rounded(self, rows: slice, update: Floats) -> Floats:
-        """Return round(W + update) - W of some rows, on the tuned grid; ties away from zero."""
-        weights = self.base[rows].astype(np.float32)
-        total = np.asarray(weights + update, np.float32).view(np.uint32)
-        if drop := 23 - self.bits:
-            total += np.uint32(1 << (drop - 1))
-            total &= np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)
-        return np.asarray(total.view(np.float32) - weights)
-
-    def outliers(self, least: float) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Find moves larger than `least` and of one step, of their own grid or of the module's typical one.
-
-        The second: arithmetic with larger numbers, a merge undone, moves a weight near zero by their steps.
-
-        Returns:
-            Row and column numbers.
-        """
-        found = [np.zeros((0, 2), np.intp)]
-        typical = np.float32(math.sqrt(self.grid_energy / self.delta.size))
-        for rows in _row_blocks(self.delta.shape):
-            size = np.abs(self.delta[rows])
-            step = np.maximum(self.grid_noise(rows), typical) * ONE_STEP
-            found.append(np.argwhere((size > least) & (size <= step)) + np.array([rows.start, 0]))
-        i, j = np.concatenate(found).T
-        return i, j
-
-
-def _mantissa_bits(tensor: NDArray[Any]) -> int:
-    """Return the mantissa bits that the values of a tensor use, whatever dtype they are stored in."""
-    seen = 0
-    for rows in _row_blocks(tensor.shape):
-        seen |= int(np.bitwise_or.reduce(tensor[rows].astype(np.float32).view(np.uint32), axis=None))
-    seen &= 0x7FFFFF
-    if seen == 0:  # powers of two or zeros tell nothing about the grid
-        return {"bfloat16": 7, "float16": 10}.get(tensor.dtype.name, 23)
-    return 23 - ((seen & -seen).bit_length() - 1)
-
-
 class _Search:
     """The search for one edge: the nulls of the module docstring, and which of them decides."""
 
-    def __init__(self, pair: _Pair, values: NDArray[np.float64], rng: np.random.Generator) -> None:
+    def __init__(self, pair: Pair, values: NDArray[np.float64], rng: np.random.Generator) -> None:
         self.pair, self.values, self.rng = pair, values, rng
         self.m, self.n = int(pair.delta.shape[0]), int(pair.delta.shape[1])
         short = min(self.m, self.n)
@@ -278,9 +163,9 @@ class _Search:
         noise = np.empty(self.pair.delta.shape, np.float32)
         typical = np.float32(math.sqrt(self.pair.energy / noise.size))
         energy = 0.0
-        for rows in _row_blocks(noise.shape):
+        for rows in row_blocks(noise.shape):
             np.minimum(self.pair.grid_noise(rows), typical, out=noise[rows])
-            energy += _energy(noise[rows])
+            energy += block_energy(noise[rows])
         return self.margin * self.flipped(noise), energy
 
     def climb(self, rank: int, grid_edge: float) -> tuple[float, int, float]:
@@ -293,7 +178,7 @@ class _Search:
         for _ in range(ROUNDS):
             factors = self.directions(rank, grid_edge)
             rest = self.residual(factors)
-            energy = sum(_energy(rest[rows]) for rows in _row_blocks(rest.shape)) / self.taken(rank)
+            energy = sum(block_energy(rest[rows]) for rows in row_blocks(rest.shape)) / self.taken(rank)
             edge = self.margin * self.flipped(rest) / math.sqrt(self.taken(rank))
             del rest
             lost = 0.0
@@ -339,7 +224,7 @@ class _Search:
         """
         top = 0.0
         for _ in range(self.draws):
-            for rows in _row_blocks(matrix.shape):
+            for rows in row_blocks(matrix.shape):
                 bits = matrix[rows].view(np.uint32)
                 words = self.rng.integers(0, 1 << 32, (len(bits) // 8 + 1, self.n), np.uint32)
                 for j in range(8):  # one random word signs eight rows
@@ -362,7 +247,7 @@ class _Search:
         left, right = np.asarray(self.scale(factors) * factors[0], np.float32), factors[1]
         made = np.empty((self.m, self.n), np.float32)
         for step in range(REFITS + 1):
-            for rows in _row_blocks(made.shape):
+            for rows in row_blocks(made.shape):
                 made[rows] = self.pair.rounded(rows, left[rows] @ right)
             if step < REFITS:
                 left, right = _tangent_step((left, right), self.pair.delta, made)
@@ -385,7 +270,7 @@ class _Search:
 
 def _subtract(matrix: Floats, factors: Factors) -> Floats:
     """Subtract a product from `matrix`, in place, and return it."""
-    for rows in _row_blocks(matrix.shape):
+    for rows in row_blocks(matrix.shape):
         matrix[rows] -= factors[0][rows] @ factors[1]
     return matrix
 

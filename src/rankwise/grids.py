@@ -1,0 +1,135 @@
+"""The grids of a checkpoint pair: where the values of two tensors stand, and what rounding to them leaves.
+
+In: two tensors of one module and their difference. Out: steps of the grids, the energy that rounding to them
+leaves, and other updates rounded to them. numpy alone; blocks of rows, never a second copy of a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+BLOCK_ENTRIES: Final = 1 << 19  # entries handled at a time, 2 MiB in float32: they stay in the cache
+ONE_STEP: Final = np.float32(3.5)  # a step of the grid over the deviation of its errors, sqrt(12), and a little
+
+
+def block_energy(block: Floats) -> float:
+    """Return the squared Frobenius norm of a block, summed in float64."""
+    return float(np.square(block, dtype=np.float64).sum())
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield slices of rows that hold about `BLOCK_ENTRIES` entries each."""
+    step = max(1, BLOCK_ENTRIES // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)
+
+
+class Pair:
+    """Two tensors, the grids that their values stand on, and sums over their difference."""
+
+    def __init__(self, base: NDArray[Any], tuned: NDArray[Any], delta: Floats) -> None:
+        self.base, self.tuned, self.delta = base, tuned, delta
+        self.bits, base_bits = mantissa_bits(tuned), mantissa_bits(base)
+        half = "float16" in (base.dtype.name, tuned.dtype.name) or self.bits == 10
+        self.least = np.float32(2.0**-24 if half else 2.0**-149)  # float16 has no finer step
+        self.base_bits: int | None = None
+        if base_bits < self.bits and self._base_was_rounded(base_bits):
+            self.base_bits = base_bits
+        same, leaps, self.energy, self.grid_energy, self.tallest = 0, 0, 0.0, 0.0, 0.0
+        unsigned = f"u{base.dtype.itemsize}"
+        for rows in row_blocks(delta.shape):
+            equal = delta[rows] == 0
+            if base.dtype == tuned.dtype:
+                equal = base[rows].view(unsigned) == tuned[rows].view(unsigned)
+            same += int(np.count_nonzero(equal))
+            size, noise = np.abs(delta[rows]), self.grid_noise(rows)
+            leaps += int(np.count_nonzero(size > noise * ONE_STEP))
+            self.tallest = max(self.tallest, float(size.max(initial=0.0)))
+            self.energy += block_energy(size)
+            self.grid_energy += block_energy(noise)
+        self.unchanged = same / max(1, delta.size)
+        self.leaps = leaps / max(1, delta.size - same)  # share of the moves that is longer than one step
+
+    def ulp(self, weights: Floats, bits: int) -> Floats:
+        """Return the spacing 2**(exponent - bits) of the grid at each weight."""
+        power = (weights.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
+        return np.asarray(np.maximum(power * np.float32(2.0**-bits), self.least), np.float32)
+
+    def grid_noise(self, rows: slice) -> Floats:
+        """Return the standard deviation of uniform rounding errors, ulp / sqrt(12), of some rows."""
+        step = self.ulp(self.tuned[rows].astype(np.float32), self.bits)
+        if self.base_bits is not None:
+            step = np.hypot(step, self.ulp(self.base[rows].astype(np.float32), self.base_bits))
+        return np.asarray(step * np.float32(1 / math.sqrt(12)), np.float32)
+
+    def _base_was_rounded(self, bits: int) -> bool:
+        """Ask whether a base on a coarser grid can be the rounding of the weights `tuned` started from.
+
+        If it is, every magnitude of the difference carries ulp**2 / 12 at least. A base that was exact (a
+        model trained in float32 from a bfloat16 file) leaves less than that on its largest weights.
+        """
+        found, expected = self._by_magnitude(self.delta, bits)
+        main = expected > 0.02 * expected.sum()
+        return bool((found[main] > 0.8 * expected[main]).all())
+
+    def scales_with_grid(self, residual: Floats) -> bool:
+        """Ask whether a residual is one multiple of the grid's variance at every magnitude of the weights."""
+        found, expected = self._by_magnitude(residual, self.bits)
+        main = expected > 0.1 * expected.sum()
+        ratio = found[main] / expected[main]
+        return bool(ratio.max() < 1.3 * ratio.min())
+
+    def _by_magnitude(self, residual: Floats, bits: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Sum the energy of `residual` and ulp**2 / 12 per binade of the base; both of shape (256,)."""
+        found, expected = np.zeros(256), np.zeros(256)
+        for rows in row_blocks(residual.shape):
+            weights = self.base[rows].astype(np.float32)
+            exponents = (weights.view(np.uint32) >> 23 & 0xFF).ravel()
+            found += np.bincount(exponents, np.square(residual[rows], dtype=np.float64).ravel(), 256)
+            step = self.ulp(weights, bits).ravel()
+            expected += np.bincount(exponents, np.square(step, dtype=np.float64) / 12.0, 256)
+        return found, expected
+
+    def rounded(self, rows: slice, update: Floats) -> Floats:
+        """Return round(W + update) - W of some rows, on the tuned grid; ties away from zero."""
+        weights = self.base[rows].astype(np.float32)
+        total = np.asarray(weights + update, np.float32).view(np.uint32)
+        if drop := 23 - self.bits:
+            total += np.uint32(1 << (drop - 1))
+            total &= np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)
+        return np.asarray(total.view(np.float32) - weights)
+
+    def outliers(self, least: float) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Find moves larger than `least` and of one step, of their own grid or of the module's typical one.
+
+        The second: arithmetic with larger numbers, a merge undone, moves a weight near zero by their steps.
+
+        Returns:
+            Row and column numbers.
+        """
+        found = [np.zeros((0, 2), np.intp)]
+        typical = np.float32(math.sqrt(self.grid_energy / self.delta.size))
+        for rows in row_blocks(self.delta.shape):
+            size = np.abs(self.delta[rows])
+            step = np.maximum(self.grid_noise(rows), typical) * ONE_STEP
+            found.append(np.argwhere((size > least) & (size <= step)) + np.array([rows.start, 0]))
+        i, j = np.concatenate(found).T
+        return i, j
+
+
+def mantissa_bits(tensor: NDArray[Any]) -> int:
+    """Return the mantissa bits that the values of a tensor use, whatever dtype they are stored in."""
+    seen = 0
+    for rows in row_blocks(tensor.shape):
+        seen |= int(np.bitwise_or.reduce(tensor[rows].astype(np.float32).view(np.uint32), axis=None))
+    seen &= 0x7FFFFF
+    if seen == 0:  # powers of two or zeros tell nothing about the grid
+        return {"bfloat16": 7, "float16": 10}.get(tensor.dtype.name, 23)
+    return 23 - ((seen & -seen).bit_length() - 1)
