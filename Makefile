@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 HOUSE := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help story test check lint types layers docs docs-help pytest format picture clean
+.PHONY: help story test check lint types layers docs docs-help pytest format bench picture clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -47,6 +47,10 @@ pytest: ## all tests and doctests
 format: ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.full ## ratios against peers, measured in one run (slow)
+	$(PIP) -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/run.py
 
 picture: ## take the README's picture again, of the page that `make story` wrote (needs Chromium)
 	$(BIN)/python docs/tools/picture.py story/inspect.html docs/_static/inspect.png

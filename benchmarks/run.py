@@ -145,9 +145,11 @@ def part_delta(options: argparse.Namespace, folder: Path) -> Iterator[Ratio]:
 
 
 _PEAK = """
-import resource, sys
+import sys
 import numpy, scipy.linalg, ml_dtypes, rankwise.inspection, rankwise.checkpoints, rankwise.noise
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # VmHWM begins anew at exec; ru_maxrss of a child begins at its parent's peak
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 before = peak()
 if len(sys.argv) > 2:
     rankwise.inspection.inspect(sys.argv[1], base=sys.argv[2])
@@ -156,16 +158,16 @@ print(peak() - before)
 
 
 def part_memory(options: argparse.Namespace, folder: Path) -> Iterator[Ratio]:
-    size = options.size
-    for modules in (1,) if options.quick else (1, 40):
-        base, tuned = bf16_pair(folder, size=size if modules == 1 else size // 2, modules=modules)
-        shape = size if modules == 1 else size // 2
+    half = options.size // 2
+    cases = [(1, half)] if options.quick else [(1, options.size), (1, half), (40, half)]
+    for modules, size in cases:
+        base, tuned = bf16_pair(folder, size=size, modules=modules)
         done = subprocess.run(
             [sys.executable, "-c", _PEAK, str(tuned), str(base)], check=True, capture_output=True, text=True
         )
-        largest = 4 * shape * shape / 1024
+        largest = 4 * size * size / 1024
         print(
-            f"peak memory above the imports, {modules} modules of {shape} x {shape} bf16 "
+            f"peak memory above the imports, {modules} modules of {size} x {size} bf16 "
             f"({2 * base.stat().st_size / 2**20:.0f} MiB of files): {int(done.stdout) / 1024:.0f} MiB = "
             f"{int(done.stdout) / largest:.1f} x the float32 size of the largest tensor"
         )

@@ -159,31 +159,32 @@ def unproven() -> Iterator[None]:
         cache.cache_clear()
 
 
-def check_fallback() -> None:
+def check_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "SMALLEST_TWO_STAGE", 0)
     assert not bands.fast_route()
-    check(np.random.default_rng(10).standard_normal((900, 800)).astype(np.float32))
+    check(np.random.default_rng(10).standard_normal((300, 250)).astype(np.float32))
 
 
 def test_no_library(unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bands, "_libraries", lambda: iter(["/nonexistent/libopenblas.so"]))
     assert bands._lapack() is None
-    check_fallback()
+    check_fallback(monkeypatch)
 
 
 def test_library_without_the_routine(unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bands.ctypes, "CDLL", lambda path: object())
     assert bands._lapack() is None
-    check_fallback()
+    check_fallback(monkeypatch)
 
 
-@pytest.mark.parametrize("broken", ["dgemm", "dsymm", "dsyr2k", "dgeqrt3", "dsytrd_sb2st"])
+@pytest.mark.parametrize("broken", ["dgemm", "dsymm", "dsyrk", "dsyr2k", "dgeqrt3", "dsytrd_sb2st"])
 def test_a_routine_that_does_nothing_is_found_out(unproven: None, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     lapack = bands._lapack()
     if lapack is None:
         pytest.skip("no LAPACK with dsytrd_sb2st here")
     called: list[int] = []
     monkeypatch.setitem(lapack._routines, broken, lambda *a: called.append(len(a)))
-    check_fallback()
+    check_fallback(monkeypatch)
     assert called
 
 
@@ -203,7 +204,8 @@ def test_info_of_lapack_leads_to_the_other_route(monkeypatch: pytest.MonkeyPatch
     check(np.random.default_rng(11).standard_normal((200, 150)))
 
 
-def test_threads_are_given_back_and_matrices_may_run_side_by_side() -> None:
+def test_threads_are_given_back_and_matrices_may_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "SMALLEST_TWO_STAGE", 0)
     lapack = bands._lapack()
     if lapack is None or lapack._read_threads is None:
         pytest.skip("no OpenBLAS here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,10 @@ from numpy.typing import NDArray
 from rankwise.checkpoints.model import Checkpoint, TensorInfo
 from rankwise.deltas import (
     Delta,
-    Pair,
     Pairing,
     align_names,
-    matrices_in,
     module_of,
+    modules_in,
     pair_checkpoints,
     read_deltas,
     selection,
@@ -86,7 +86,7 @@ def pair(
 def only_delta(base: Array, tuned: Array, name: str = "q.weight") -> Delta:
     before, after = Held({name: base}), Held({name: tuned})
     (found,) = pair_checkpoints(before, after, selection(None, None)).pairs
-    (delta,) = read_deltas(before, after, found)
+    (delta,) = read_deltas(before, after, found, selection(None, None))
     return delta
 
 
@@ -105,6 +105,11 @@ def test_modules_are_tensor_names_without_weight() -> None:
         (["a.w", "b.w"], ["a.w", "b.w"], {"a.w": "a.w", "b.w": "b.w"}),
         (["h.0.w", "ln.w"], ["t.h.0.w", "t.ln.w", "head.w"], {"t.h.0.w": "h.0.w", "t.ln.w": "ln.w"}),
         (["t.h.0.w", "t.ln.w", "head.w"], ["h.0.w", "ln.w"], {"h.0.w": "t.h.0.w", "ln.w": "t.ln.w"}),
+        (
+            ["model.l.0.w", "model.l.1.w", "head.w"],
+            ["model.text.l.0.w", "model.text.l.1.w", "vision.l.0.w", "head.w"],
+            {"model.text.l.0.w": "model.l.0.w", "model.text.l.1.w": "model.l.1.w", "head.w": "head.w"},
+        ),
         (["a.w"], ["b.w"], {}),
         ([], ["b.w"], {}),
         ([], [], {}),
@@ -128,7 +133,7 @@ def test_pairs_carry_the_tuned_name_as_module_and_read_both_names() -> None:
         "model.h.0.q.weight",
     )
     assert (before.reads, after.reads) == ([], []), "pairing reads headers alone"
-    list(read_deltas(before, after, found))
+    list(read_deltas(before, after, found, selection(None, None)))
     assert (before.reads, after.reads) == (["h.0.q.weight"], ["model.h.0.q.weight"])
 
 
@@ -183,7 +188,7 @@ def test_resized_vocabularies_are_left_out_and_said(name: str) -> None:
 def test_other_shapes_are_refused_with_both(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> None:
     with pytest.raises(ShapeMismatchError) as caught:
         pair({f"{name}.weight": ones(*before)}, {f"{name}.weight": ones(*after)})
-    assert f"{name} has shape {before} in the base and {after} in the tuned model" in str(caught.value)
+    assert f"{name} has shape {before} in the base and {after} in the update" in str(caught.value)
     assert "--skip" in str(caught.value)
     assert pair({f"{name}.weight": ones(*before)}, {f"{name}.weight": ones(*after)}, exclude=name).pairs == ()
 
@@ -277,12 +282,46 @@ def test_experts_are_split_and_numbered(rng: np.random.Generator) -> None:
     step[1] = 0
     before, after = Held({"mlp.experts.up": base}), Held({"mlp.experts.up": base + step})
     (found,) = pair_checkpoints(before, after, selection(None, None)).pairs
-    assert matrices_in(found) == [(f"mlp.experts.up[{i}]", (4, 5)) for i in range(3)]
-    made = list(read_deltas(before, after, found))
+    assert modules_in(found, selection(None, None)) == [f"mlp.experts.up[{i}]" for i in range(3)]
+    made = list(read_deltas(before, after, found, selection(None, None)))
     assert [d.module for d in made] == ["mlp.experts.up[0]", "mlp.experts.up[1]", "mlp.experts.up[2]"]
     assert [d.unchanged for d in made] == [False, True, False]
     for index, delta in enumerate(made):
         np.testing.assert_array_equal(delta.subtract(), (base + step)[index] - base[index])
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "left"),
+    [(r"\[1\]", None, [1]), (None, r"\[1\]", [0, 2]), ("experts", None, [0, 1, 2]), ("q_proj", None, [])],
+)
+def test_single_experts_can_be_chosen(include: str | None, exclude: str | None, left: list[int]) -> None:
+    """The path of an expert ends in its index, for checkpoints as for adapters."""
+    arrays = {"mlp.experts.up": np.ones((3, 4, 5), np.float32)}
+    before, after, wanted = Held(arrays), Held(arrays), selection(include, exclude)
+    made = [
+        d.module for p in pair_checkpoints(before, after, wanted).pairs for d in read_deltas(before, after, p, wanted)
+    ]
+    assert made == [f"mlp.experts.up[{i}]" for i in left]
+
+
+def test_block_quantised_weights_are_left_out_with_their_scales() -> None:
+    """An F8 weight is a weight only after its scale has been multiplied in."""
+    arrays = {
+        "q.weight": np.ones((4, 4), ml_dtypes.float8_e4m3fn),
+        "q.weight_scale_inv": np.ones((2, 2), np.float32),
+        "v.weight": np.ones((4, 4), np.float32),
+    }
+    found = pair(arrays, arrays)
+    assert [p.module for p in found.pairs] == ["v"]
+    assert {s.module: "scale" in s.reason for s in found.skipped} == {"q": True, "q.weight_scale_inv": True}
+
+
+def test_missing_tensors_are_named_only_where_they_were_asked_for() -> None:
+    base, tuned = {"q.weight": ones(2, 2), "x.weight": ones(2, 2)}, {"q.weight": ones(2, 2)}
+    found = pair_checkpoints(Held(base), Held(tuned), selection("q", None))
+    assert found.findings == ()
+    found = pair_checkpoints(Held(base), Held(tuned), selection(None, None))
+    assert [f.code for f in found.findings] == ["tensors-missing"]
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 5), (4, 3, 2, 5)])
@@ -291,7 +330,8 @@ def test_convolutions_are_flattened_to_out_by_the_rest(rng: np.random.Generator,
     delta = only_delta(base, tuned, "conv1.weight")
     np.testing.assert_array_equal(delta.subtract(), (tuned - base).reshape(4, -1))
     found = pair({"conv1.weight": base}, {"conv1.weight": tuned}).pairs[0]
-    assert matrices_in(found) == [("conv1", delta.base.shape)]
+    assert modules_in(found, selection(None, None)) == ["conv1"]
+    assert delta.base.shape == (4, math.prod(shape[1:]))
 
 
 def test_conv1d_weights_of_gpt2_are_turned(rng: np.random.Generator) -> None:
@@ -310,20 +350,16 @@ def test_conv1d_weights_of_gpt2_are_turned(rng: np.random.Generator) -> None:
         "wte": False,
     }
     for p in found:
-        (delta,) = read_deltas(before, after, p)
+        (delta,) = read_deltas(before, after, p, selection(None, None))
         step = (tuned[p.tuned_name] - base[p.base_name]).astype(np.float32)
         np.testing.assert_array_equal(delta.subtract(), step.T if p.transposed else step)
-        assert matrices_in(p) == [(p.module, delta.base.shape)]
+        assert modules_in(p, selection(None, None)) == [p.module]
 
 
 def test_linear_weights_of_the_same_names_are_not_turned() -> None:
     """GPT-BigCode calls its Linear weights c_attn and c_proj too: (out, in) already."""
     arrays = {"h.0.attn.c_attn.weight": ones(12, 4), "h.0.attn.c_proj.weight": ones(4, 4)}
     assert [p.transposed for p in pair(arrays, arrays).pairs] == [False, False]
-
-
-def test_the_size_of_a_pair_is_that_of_the_tensor() -> None:
-    assert Pair("m", "b", "t", (3, 4, 5), "F32", False, True).largest == 60
 
 
 # --- equal bit by bit ---------------------------------------------------------------------------------------

@@ -158,11 +158,15 @@ def test_every_rule_has_a_case_and_a_near_miss() -> None:
 @pytest.mark.parametrize("rule", sorted(FINDINGS))
 def test_the_rule_speaks_where_it_should(rule: str) -> None:
     for modules, code, level in CALLS[rule]:
-        found = FINDINGS[rule](modules)
-        assert found is not None
+        hit = FINDINGS[rule](modules)
+        assert hit is not None
+        found, concerned = hit
         assert (found.code, found.level) == (code, level)
         assert found.text.endswith(".")
-        assert found in find(modules)
+        marked, findings = find(modules)
+        assert found in findings
+        assert concerned
+        assert [code in m.warnings for m in marked] == [m in concerned or code in m.warnings for m in modules]
 
 
 @pytest.mark.parametrize("rule", sorted(FINDINGS))
@@ -172,7 +176,7 @@ def test_the_rule_is_silent_where_it_should_be(rule: str) -> None:
 
 
 def every_text() -> list[Finding]:
-    return [f for cases in CALLS.values() for modules, _, _ in cases for f in find(modules)]
+    return [f for cases in CALLS.values() for modules, _, _ in cases for f in find(modules)[1]]
 
 
 def test_no_finding_ever_advises_a_lower_rank() -> None:
@@ -195,8 +199,9 @@ def test_no_finding_ever_advises_a_lower_rank() -> None:
 
 
 def test_unused_directions_leave_both_readings_open() -> None:
-    found = FINDINGS["unused-directions"]([adapter("a", STEEP, rank_99=1)])
-    assert found is not None
+    hit = FINDINGS["unused-directions"]([adapter("a", STEEP, rank_99=1)])
+    assert hit is not None
+    found = hit[0]
     assert "cannot tell apart" in found.text
     assert "starved by a small scaling or learning rate" in found.text
     assert "rankwise check" in found.text
@@ -204,20 +209,23 @@ def test_unused_directions_leave_both_readings_open() -> None:
 
 
 def test_a_low_effective_rank_alone_says_nothing() -> None:
-    assert find([adapter("a", effective_rank=1.01, stable_rank=1.0)]) == ()
+    assert find([adapter("a", effective_rank=1.01, stable_rank=1.0)])[1] == ()
 
 
 def test_the_counts_and_names_are_right() -> None:
     dead = [adapter(f"layers.{i}.q", **DEAD) for i in range(5)]
-    found = FINDINGS["dead-modules"]([adapter("a"), *dead])
-    assert found is not None
-    assert found.text.startswith("5 of 6 modules have a delta of zero (layers.0.q, layers.1.q, layers.2.q and 2 more)")
+    hit = FINDINGS["dead-modules"]([adapter("a"), *dead])
+    assert hit is not None
+    assert hit[0].text.startswith("5 of 6 modules have a delta of zero (layers.0.q, layers.1.q, layers.2.q and 2 more)")
 
 
 def test_the_worst_come_first_and_the_readers_findings_are_kept() -> None:
     reader = Finding(code="tied-embeddings", level="info", text="t")
     late = Finding(code="tensors-missing", level="error", text="t")
-    found = find([adapter("a", FLAT), adapter("b", **DEAD), adapter("c", **(BROKEN | {"r": 4}))], [reader, late])
+    marked, found = find(
+        [adapter("a", FLAT), adapter("b", **DEAD), adapter("c", **(BROKEN | {"r": 4}))], [reader, late]
+    )
+    assert [m.warnings for m in marked] == [("rank-limited",), ("dead-modules",), ("not-finite",)]
     assert [f.level for f in found] == sorted((f.level for f in found), key=["error", "warning", "info"].index)
     assert [f.code for f in found] == [
         "tensors-missing",
@@ -229,4 +237,4 @@ def test_the_worst_come_first_and_the_readers_findings_are_kept() -> None:
 
 
 def test_nothing_measured_nothing_said() -> None:
-    assert find([]) == ()
+    assert find([]) == ((), ())

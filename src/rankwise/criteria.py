@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -127,7 +128,10 @@ def stable_rank(spectrum: Spectrum) -> float | None:
     """
     if not spectrum.singular_values or spectrum.singular_values[0] == 0:
         return None
-    return max(1.0, spectrum.total_energy / spectrum.singular_values[0] ** 2)
+    largest = spectrum.singular_values[0]
+    if largest**2 < sys.float_info.min:  # the squares underflow: measure in units of the largest
+        return math.fsum((value / largest) ** 2 for value in spectrum.singular_values)
+    return max(1.0, spectrum.total_energy / largest**2)
 
 
 def effective_rank(spectrum: Spectrum) -> float | None:

@@ -7,7 +7,8 @@ why, and for each pair the two tensors and tuned - base as matrices of shape (ou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 _VOCABULARY: Final = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_out|embed_in|shared)$")
 _CONV1D: Final = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+_SCALES: Final = ("_scale_inv", "_scale")
 _EXPERT: Final = re.compile(r"expert", re.IGNORECASE)
 
 
@@ -49,11 +51,6 @@ class Pair:
     dtype: str
     transposed: bool
     experts: bool
-
-    @property
-    def largest(self) -> int:
-        """Entries of the tensor as stored."""
-        return int(np.prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,30 +127,51 @@ def selection(include: str | None, exclude: str | None) -> Selection:
 
 
 def align_names(base: Sequence[str], tuned: Sequence[str]) -> dict[str, str]:
-    """Map tuned names to base names, allowing one prefix to be missing on either side.
+    """Map tuned names to base names, allowing the two to differ by one prefix.
 
-    A model saved without its head lacks the head's prefix ("h.0..." against "transformer.h.0...").
+    A model saved without its head lacks the head's prefix ("h.0..." against "transformer.h.0..."), and one that
+    was made part of another has a longer one ("model.layers..." against "model.language_model.layers...").
 
     >>> align_names(["h.0.w", "ln.w"], ["transformer.h.0.w", "transformer.ln.w", "lm_head.w"])
     {'transformer.h.0.w': 'h.0.w', 'transformer.ln.w': 'ln.w'}
+    >>> align_names(["model.l.0.w", "lm_head.w"], ["model.text.l.0.w", "lm_head.w"])
+    {'model.text.l.0.w': 'model.l.0.w', 'lm_head.w': 'lm_head.w'}
     """
     held = set(base)
     exact = {name: name for name in tuned if name in held}
-    if 2 * len(exact) >= min(len(base), len(tuned)):
+    if 2 * len(exact) > min(len(base), len(tuned)):
         return exact
-    best = exact
-    for prefix in sorted({name.split(".", 1)[0] + "." for name in (*base, *tuned) if "." in name}):
-        longer_tuned = {n: n.removeprefix(prefix) for n in tuned if n.startswith(prefix)}
-        longer_base = {n: prefix + n for n in tuned}
-        for guess in (longer_tuned, longer_base):
-            added = {n: b for n, b in guess.items() if b in held and b not in exact and n not in exact}
-            if len(exact) + len(added) > len(best):
-                best = {n: exact.get(n) or added[n] for n in tuned if n in exact or n in added}
-    return best
+    votes = Counter(_prefixes(tuned, base))
+    if not votes:
+        return exact
+    (old, new), _ = votes.most_common(1)[0]
+    guess = {n: new + n.removeprefix(old) for n in tuned if n.startswith(old) and n not in exact}
+    added = {n: b for n, b in guess.items() if b in held and b not in exact}
+    return {n: exact.get(n) or added[n] for n in tuned if n in exact or n in added}
 
 
-def _reason_to_skip(info: TensorInfo) -> str | None:
+def _prefixes(tuned: Sequence[str], base: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (prefix in tuned, prefix in base) of every tuned name whose longest suffix is one base name's alone."""
+    ends = Counter(end for name in base for end in _suffixes(name))
+    owner = {end: name for name in base for end in _suffixes(name) if ends[end] == 1}
+    for name in tuned:
+        end = next((end for end in _suffixes(name) if end in owner), None)
+        if end is not None and owner[end] != name:
+            yield name.removesuffix(end), owner[end].removesuffix(end)
+
+
+def _suffixes(name: str) -> list[str]:
+    """Return the name and its dotted ends of two parts or more, longest first."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(max(1, len(parts) - 1))]
+
+
+def _reason_to_skip(info: TensorInfo, names: Set[str]) -> str | None:
     """Return why a tensor of both checkpoints has no delta to decompose, or None."""
+    if info.dtype.startswith("F8") and any(info.name + end in names for end in _SCALES):
+        return f"{info.dtype} with a scale of its own: block-quantised, so dequantise both checkpoints first"
+    if info.name.endswith(_SCALES) and info.name.removesuffix("_inv").removesuffix("_scale") in names:
+        return "the scale of a quantised weight, not a weight"
     if info.dtype not in FLOATS:
         return f"{info.dtype} is no floating-point dtype: masks, positions and quantised weights have no delta"
     if len(info.shape) < 2:
@@ -191,9 +209,10 @@ def _list(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _missing(base: Sequence[str], tuned: Sequence[str], aligned: dict[str, str]) -> list[Finding]:
-    only_base = [name for name in base if name not in set(aligned.values())]
-    only_tuned = [name for name in tuned if name not in aligned]
+def _missing(base: Sequence[str], tuned: Sequence[str], aligned: dict[str, str], wanted: Selection) -> list[Finding]:
+    paired = set(aligned.values())
+    only_base = [name for name in base if name not in paired and wanted.wants(module_of(name))]
+    only_tuned = [name for name in tuned if name not in aligned and wanted.wants(module_of(name))]
     findings = []
     tied = [n for n in (*only_base, *only_tuned) if module_of(n).endswith(("lm_head", "embed_out"))]
     if tied:
@@ -203,14 +222,17 @@ def _missing(base: Sequence[str], tuned: Sequence[str], aligned: dict[str, str])
             "(or has no head), so it was not compared."
         )
         findings.append(Finding(code="tied-embeddings", level="info", text=text))
-    rest = [n for n in only_base if n not in tied], [n for n in only_tuned if n not in tied]
+    heads = set(tied)
+    rest = [n for n in only_base if n not in heads], [n for n in only_tuned if n not in heads]
     if rest[0] or rest[1]:
         words = [
             f"{len(names)} tensors are in the {side} alone ({_list(names)})"
             for side, names in (("base", rest[0]), ("tuned checkpoint", rest[1]))
             if names
         ]
-        findings.append(Finding(code="tensors-missing", level="warning", text="; ".join(words) + "."))
+        few = 2 * len(aligned) < min(len(base), len(tuned))
+        text = "; ".join(words) + "." + (" Most tensors have no partner: the names may belong to two models." * few)
+        findings.append(Finding(code="tensors-missing", level="error" if few else "warning", text=text))
     return findings
 
 
@@ -228,18 +250,21 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, wanted: Selection) -> 
     """
     base_names, tuned_names = base.names(), tuned.names()
     aligned = align_names(base_names, tuned_names)
-    findings = _missing(base_names, tuned_names, aligned)
+    findings = _missing(base_names, tuned_names, aligned, wanted)
+    held = set(tuned_names)
     pairs, skipped, resized, infos = [], [], [], []
     for tuned_name, base_name in aligned.items():
         module = module_of(tuned_name)
-        if not wanted.wants(module):
+        if not (wanted.wants(module) or _EXPERT.search(module)):  # experts are told apart later
             continue
         info, before = tuned.info(tuned_name), base.info(base_name)
+        if len(info.shape) != 3 and not wanted.wants(module):
+            continue
         if min(len(info.shape), len(before.shape)) < 2 <= max(len(info.shape), len(before.shape)):
             _check(info)  # ZeRO-3 leaves weights of shape (0,)
             _check(before)
             raise ShapeMismatchError(module, before.shape, info.shape)
-        reason = _reason_to_skip(info) or _reason_to_skip(before)
+        reason = _reason_to_skip(info, held) or _reason_to_skip(before, held)
         if reason is not None:
             skipped.append(Skipped(module=module, reason=reason))
             continue
@@ -258,6 +283,8 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, wanted: Selection) -> 
     conv1d = _stores_conv1d(tuned)
     for module, base_name, info in infos:
         experts = len(info.shape) == 3 and bool(_EXPERT.search(module))
+        if not experts and not wanted.wants(module):
+            continue
         flipped = conv1d and len(info.shape) == 2 and bool(_CONV1D.search(module))
         pairs.append(Pair(module, base_name, info.name, info.shape, info.dtype, flipped, experts))
     return Pairing(tuple(pairs), tuple(skipped), tuple(findings))
@@ -270,19 +297,20 @@ def _bit_equal(a: Array, b: Array) -> bool:
     return bool(np.array_equal(a.view(kind), b.view(kind)))
 
 
-def matrices_in(pair: Pair) -> list[tuple[str, tuple[int, int]]]:
-    """Return (module, (out_features, in_features)) of every matrix that the pair holds."""
-    if pair.experts:
-        return [(f"{pair.module}[{i}]", (pair.shape[1], pair.shape[2])) for i in range(pair.shape[0])]
-    rows, columns = pair.shape[0], int(np.prod(pair.shape[1:]))
-    return [(pair.module, (columns, rows) if pair.transposed else (rows, columns))]
+def modules_in(pair: Pair, wanted: Selection) -> list[str]:
+    """Return the module of every matrix of the pair that is wanted: one, or one an expert."""
+    names = [f"{pair.module}[{i}]" for i in range(pair.shape[0])] if pair.experts else [pair.module]
+    return [name for name in names if wanted.wants(name)]
 
 
-def read_deltas(base: Checkpoint, tuned: Checkpoint, pair: Pair) -> Iterator[Delta]:
+def read_deltas(base: Checkpoint, tuned: Checkpoint, pair: Pair, wanted: Selection) -> Iterator[Delta]:
     """Read one pair and yield its matrices: one, or one an expert.
 
-    A convolution kernel (out, in, kh, kw) is taken as (out, in * kh * kw).
+    A convolution kernel (out, in, kh, kw) is taken as (out, in * kh * kw). Experts keep the order of their last
+    two dimensions as stored: some models store (in, out), which leaves the spectrum the same.
     """
+    if not modules_in(pair, wanted):
+        return
     before, after = base.read(pair.base_name), tuned.read(pair.tuned_name)
     if not pair.experts:
         before, after = before.reshape(pair.shape[0], -1), after.reshape(pair.shape[0], -1)
@@ -292,5 +320,6 @@ def read_deltas(base: Checkpoint, tuned: Checkpoint, pair: Pair) -> Iterator[Del
         yield Delta(pair.module, before, after, same)
         return
     for index in range(pair.shape[0]):
-        a, b = before[index], after[index]
-        yield Delta(f"{pair.module}[{index}]", a, b, _bit_equal(a, b))
+        if wanted.wants(f"{pair.module}[{index}]"):
+            a, b = before[index], after[index]
+            yield Delta(f"{pair.module}[{index}]", a, b, _bit_equal(a, b))

@@ -94,9 +94,9 @@ class ShapeMismatchError(RankwiseError):
 
     def __init__(self, name: str, base: tuple[int, ...], tuned: tuple[int, ...]) -> None:
         super().__init__(
-            f"{name} has shape {base} in the base and {tuned} in the tuned model; a weight delta needs equal "
-            "shapes. If this module was replaced or resized on purpose, leave it out with "
-            f"--skip '{name}'; otherwise the two are not the same model."
+            f"{name} has shape {base} in the base and {tuned} in the update; a delta and its base need the same "
+            f"shape. If this module was replaced or resized on purpose, leave it out with --skip '{name}'; "
+            "otherwise the two are not of the same model."
         )
 
 

@@ -1,6 +1,6 @@
 """Files are written whole or not at all.
 
-In: a path and its contents. Out: the file, written beside its place, synced, and renamed into it.
+In: paths and their contents. Out: the files, written beside their places, synced, and renamed into them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from rankwise.errors import OutputError, OutputExistsError
@@ -35,16 +36,38 @@ def check_writable(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path} cannot be written: no permission to write into {path.parent}.")
 
 
-def write_text(path: Path, text: str, *, force: bool) -> None:
-    """Write a text file: beside its place, synced, then renamed into it.
+def write_texts(texts: Mapping[Path, str], *, force: bool) -> None:
+    """Write text files, all or none: each beside its place, synced, then all renamed.
 
-    A killed run leaves the old file or the new one, never a part. Symbolic links are followed.
+    A killed run leaves old files or new ones, never a part. Symbolic links are followed.
+
+    Args:
+        texts: path -> contents.
+        force: whether files that exist are replaced.
 
     Raises:
-        OutputExistsError: the path is taken and `force` is not set.
-        OutputError: the disk is full, the folder is not there or may not be written to.
+        OutputExistsError: a path is taken and `force` is not set.
+        OutputError: the disk is full, a folder is not there or may not be written to. Nothing was written.
     """
-    check_writable(path, force=force)
+    for path in texts:
+        check_writable(path, force=force)
+    parts: list[tuple[Path, Path, Path]] = []
+    try:
+        for path, text in texts.items():
+            parts.append((path, *_write_part(path, text)))
+        for path, part, target in parts:
+            try:
+                part.replace(target)
+            except OSError as error:
+                raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        for _, part, _ in parts:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _write_part(path: Path, text: str) -> tuple[Path, Path]:
+    """Write a text beside its place and return (the part, the place)."""
     try:
         target = path.resolve()
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=".part", dir=target.parent)
@@ -61,9 +84,15 @@ def write_text(path: Path, text: str, *, force: bool) -> None:
         mask = os.umask(0)
         os.umask(mask)
         part.chmod(0o666 & ~mask)
-        part.replace(target)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}. Nothing was written.") from error
-    finally:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{path} cannot be written: {error.strerror or error}. Nothing was written.") from error
+        raise
+    return part, target
+
+
+def write_text(path: Path, text: str, *, force: bool) -> None:
+    """Write one text file; see `write_texts`."""
+    write_texts({path: text}, force=force)

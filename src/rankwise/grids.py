@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,8 +38,7 @@ class Pair:
     def __init__(self, base: NDArray[Any], tuned: NDArray[Any], delta: Floats) -> None:
         self.base, self.tuned, self.delta = base, tuned, delta
         self.bits, base_bits = mantissa_bits(tuned), mantissa_bits(base)
-        half = "float16" in (base.dtype.name, tuned.dtype.name) or self.bits == 10
-        self.least = np.float32(2.0**-24 if half else 2.0**-149)  # float16 has no finer step
+        self.least, self.base_least = finest_step(tuned, self.bits), finest_step(base, base_bits)
         self.base_bits: int | None = None
         if base_bits < self.bits and self._base_was_rounded(base_bits):
             self.base_bits = base_bits
@@ -57,45 +57,47 @@ class Pair:
         self.unchanged = same / max(1, delta.size)
         self.leaps = leaps / max(1, delta.size - same)  # share of the moves that is longer than one step
 
-    def ulp(self, weights: Floats, bits: int) -> Floats:
-        """Return the spacing 2**(exponent - bits) of the grid at each weight."""
-        power = (weights.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
-        return np.asarray(np.maximum(power * np.float32(2.0**-bits), self.least), np.float32)
-
     def grid_noise(self, rows: slice) -> Floats:
         """Return the standard deviation of uniform rounding errors, ulp / sqrt(12), of some rows."""
-        step = self.ulp(self.tuned[rows].astype(np.float32), self.bits)
+        step = ulp(self.tuned[rows].astype(np.float32), self.bits, self.least)
         if self.base_bits is not None:
-            step = np.hypot(step, self.ulp(self.base[rows].astype(np.float32), self.base_bits))
+            step = np.hypot(step, ulp(self.base[rows].astype(np.float32), self.base_bits, self.base_least))
         return np.asarray(step * np.float32(1 / math.sqrt(12)), np.float32)
 
     def _base_was_rounded(self, bits: int) -> bool:
         """Ask whether a base on a coarser grid can be the rounding of the weights `tuned` started from.
 
-        If it is, every magnitude of the difference carries ulp**2 / 12 at least. A base that was exact (a
-        model trained in float32 from a bfloat16 file) leaves less than that on its largest weights.
+        If it is, every magnitude of the difference carries ulp**2 / 12 at least, but for the spread of a sum of
+        few squares (0.9 / sqrt(entries), of which four are allowed), and in float8 for the closer grid below every
+        power of two. A base that was exact (a model trained in float32 from a bfloat16 file) leaves less than that
+        on its largest weights.
         """
-        found, expected = self._by_magnitude(self.delta, bits)
+        found, expected, entries = self._by_magnitude(self.delta, bits, self.base_least)
         main = expected > 0.02 * expected.sum()
-        return bool((found[main] > 0.8 * expected[main]).all())
+        least = (0.8 if bits > 3 else 0.5) - 3.6 / np.sqrt(entries[main])
+        pooled = found.sum() > ((0.9 if bits > 3 else 0.6) - 3.6 / math.sqrt(self.delta.size)) * expected.sum()
+        return bool(pooled and (found[main] > least * expected[main]).all())
 
     def scales_with_grid(self, residual: Floats) -> bool:
         """Ask whether a residual is one multiple of the grid's variance at every magnitude of the weights."""
-        found, expected = self._by_magnitude(residual, self.bits)
+        found, expected, _ = self._by_magnitude(residual, self.bits, self.least)
         main = expected > 0.1 * expected.sum()
         ratio = found[main] / expected[main]
         return bool(ratio.max() < 1.3 * ratio.min())
 
-    def _by_magnitude(self, residual: Floats, bits: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Sum the energy of `residual` and ulp**2 / 12 per binade of the base; both of shape (256,)."""
-        found, expected = np.zeros(256), np.zeros(256)
+    def _by_magnitude(
+        self, residual: Floats, bits: int, least: np.float32
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Sum the energy of `residual`, ulp**2 / 12 and the entries per binade of the base; each of shape (256,)."""
+        found, expected, entries = np.zeros(256), np.zeros(256), np.zeros(256)
         for rows in row_blocks(residual.shape):
             weights = self.base[rows].astype(np.float32)
             exponents = (weights.view(np.uint32) >> 23 & 0xFF).ravel()
             found += np.bincount(exponents, np.square(residual[rows], dtype=np.float64).ravel(), 256)
-            step = self.ulp(weights, bits).ravel()
+            step = ulp(weights, bits, least).ravel()
             expected += np.bincount(exponents, np.square(step, dtype=np.float64) / 12.0, 256)
-        return found, expected
+            entries += np.bincount(exponents, minlength=256)
+        return found, expected, entries
 
     def rounded(self, rows: slice, update: Floats) -> Floats:
         """Return round(W + update) - W of some rows, on the tuned grid; ties away from zero."""
@@ -122,6 +124,19 @@ class Pair:
             found.append(np.argwhere((size > least) & (size <= step)) + np.array([rows.start, 0]))
         i, j = np.concatenate(found).T
         return i, j
+
+
+def ulp(weights: Floats, bits: int, least: np.float32) -> Floats:
+    """Return the spacing 2**(exponent - bits) of a grid at each weight, `least` where it gets no finer."""
+    power = (weights.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
+    return np.asarray(np.maximum(power * np.float32(2.0**-bits), least), np.float32)
+
+
+def finest_step(tensor: NDArray[Any], bits: int) -> np.float32:
+    """Return the smallest step of the grid that a tensor's values stand on: its subnormal numbers."""
+    if tensor.dtype.name.startswith("float8"):
+        return np.float32(ml_dtypes.finfo(tensor.dtype).smallest_subnormal)  # type: ignore[no-untyped-call]
+    return np.float32(2.0**-24 if tensor.dtype.name == "float16" or bits == 10 else 2.0**-149)
 
 
 def mantissa_bits(tensor: NDArray[Any]) -> int:

@@ -6,29 +6,26 @@ In: an adapter, or a tuned checkpoint and its base. Out: a spectra/1 record.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Literal
 
 from rankwise import criteria, spectra
 from rankwise.checkpoints import open_source
 from rankwise.checkpoints.model import Adapter, Checkpoint, LoraModule
-from rankwise.deltas import Selection, align_names, matrices_in, module_of, pair_checkpoints, read_deltas, selection
+from rankwise.deltas import Selection, align_names, modules_in, pair_checkpoints, read_deltas, selection
 from rankwise.errors import NothingToMeasureError, ShapeMismatchError, UsageError, WrongKindError
 from rankwise.findings import find
-from rankwise.linalg import energy_of, one_thread, torch_device
+from rankwise.linalg import checked_device, default_device, energy_of, one_thread
 from rankwise.records import Finding, ModuleSpectrum, Skipped, SpectraRecord, SpectraSummary, now, version
 
 Progress = Callable[[str, int, int], None]
 """Called with (module, number done, number in all) before each module."""
 
 Source = str | PathLike[str]
-
-_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, ROCm, WSL
 
 
 def inspect(
@@ -53,8 +50,8 @@ def inspect(
         skip: regular expression; not the modules whose path it is found in.
         values: compute only so many singular values of a delta (a randomised route, faster where this is
             few); figures that need the rest are None. None computes all. Adapters always give all.
-        device: "cpu", or a torch device such as "cuda:0" for the spectra of deltas. None means cuda where
-            torch is loaded already and sees one, else cpu.
+        device: "cpu", or a torch device such as "cuda:0" for the spectra of deltas. None means cuda for
+            deltas where torch is installed and sees one, else cpu. Adapters are always done on the CPU.
         seed: of the randomised route and of the noise estimate.
         command: argv to write into the record.
         progress: called before each module.
@@ -70,9 +67,9 @@ def inspect(
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed must be from 0 to {2**63 - 1}, got {seed}")
     wanted = selection(modules, skip)
-    chosen = _device(device)
+    chosen = "cpu" if device is None else checked_device(device)
     with open_source(source) as opened:
-        if isinstance(opened, Adapter):
+        if isinstance(opened, Adapter):  # factors are small: always on the CPU, and without torch
             kind: Literal["adapter", "delta"] = "adapter"
             measured, skipped, findings = _adapter(opened, base, wanted, progress)
         else:
@@ -82,6 +79,7 @@ def inspect(
                     "rankwise inspect TUNED --base BASE"
                 )
             kind = "delta"
+            chosen = default_device() if device is None else chosen
             options = spectra.Options(values, chosen, seed)
             with _open_base(base) as before:
                 measured, skipped, findings = _delta(before, opened, wanted, options, progress)
@@ -90,33 +88,21 @@ def inspect(
             f"{fspath(source)}: no module is left to measure ({len(skipped)} skipped). "
             + (f"The first: {skipped[0].module}: {skipped[0].reason}" if skipped else "Check --modules and --skip.")
         )
+    marked, found = find(measured, findings)
     return SpectraRecord(
         format=SpectraRecord.FORMAT,
         rankwise=version(),
         created=now(),
-        command=tuple(command) if command is not None else ("rankwise.inspect", fspath(source)),
+        command=tuple(command) if command is not None else _call(source, base, modules, skip, values, device, seed),
         device=chosen if kind == "delta" else "cpu",
         seed=seed,
         source=fspath(source),
         base=None if base is None else fspath(base),
         kind=kind,
-        modules=tuple(measured),
+        modules=marked,
         skipped=tuple(skipped),
-        summary=_summary(measured, findings),
+        summary=_summary(marked, found),
     )
-
-
-def _device(asked: str | None) -> str:
-    """Return the device to compute deltas on; torch is imported only where a GPU may be."""
-    if asked is None:
-        if importlib.util.find_spec("torch") is None or not any(Path(p).exists() for p in _GPU_NODES):
-            return "cpu"
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked != "cpu":
-        torch_device(asked)
-    return asked
 
 
 def _open_base(base: Source) -> Checkpoint:
@@ -127,26 +113,53 @@ def _open_base(base: Source) -> Checkpoint:
     return opened
 
 
+def _call(source: Source, base: Source | None, *rest: object) -> tuple[str, ...]:
+    """Spell a call from Python as the command that does the same."""
+    words = ["rankwise", "inspect", fspath(source)]
+    named = zip(("base", "modules", "skip", "values", "device", "seed"), (base, *rest), strict=True)
+    for name, value in named:
+        if value is not None and not (name == "seed" and value == 0):
+            words += [f"--{name}", str(value)]
+    return tuple(words)
+
+
 Measured = tuple[list[ModuleSpectrum], list[Skipped], tuple[Finding, ...]]
 
 
 def _base_names(before: Checkpoint, base: Source, modules: Sequence[LoraModule]) -> dict[str, str]:
-    """Map every module that the base holds to its tensor there."""
-    aligned = align_names(before.names(), [m.module + ".weight" for m in modules])
+    """Map every module that the base holds to its tensor there; experts map to their stack."""
+    stacks = {m.module: _expert(m.module)[0] for m in modules}
+    wanted = dict.fromkeys(name + end for name in stacks.values() for end in (".weight", ""))
+    aligned = align_names(before.names(), list(wanted))
     if not aligned:
         raise WrongKindError(
             f"none of the adapter's {len(modules)} modules is in {fspath(base)} (the adapter has "
             f"{modules[0].module}; the base has {_example(before)}): it is not the model it was trained on"
         )
-    return {module_of(name): tensor for name, tensor in aligned.items()}
+    found = {module: aligned.get(stack + ".weight", aligned.get(stack)) for module, stack in stacks.items()}
+    return {module: tensor for module, tensor in found.items() if tensor is not None}
+
+
+def _expert(module: str) -> tuple[str, int | None]:
+    """Split the module of an expert into its stack's name and its index.
+
+    >>> _expert("mlp.experts.down_proj[3]")
+    ('mlp.experts.down_proj', 3)
+    """
+    found = re.fullmatch(r"(.*)\[(\d+)\]", module)
+    return (found[1], int(found[2])) if found else (module, None)
 
 
 def _norm(before: Checkpoint, name: str, module: LoraModule) -> float | None:
     """Read one base weight and return its Frobenius norm, or None where it is not finite."""
     shape = before.info(name).shape
-    if math.prod(shape) != math.prod(module.shape):
+    index = _expert(module.module)[1]
+    own = shape[1:] if index is not None else shape
+    flat = (own[0], math.prod(own[1:])) if own else (0, 0)
+    if (index is not None and index >= shape[0]) or module.shape not in (flat, flat[::-1]):
         raise ShapeMismatchError(module.module, shape, module.shape)
-    energy = energy_of(before.read(name).reshape(shape[0], -1))
+    weight = before.read(name) if index is None else before.read(name)[index]
+    energy = energy_of(weight.reshape(flat))
     return math.sqrt(energy) if math.isfinite(energy) else None
 
 
@@ -176,10 +189,10 @@ def _delta(
     before: Checkpoint, tuned: Checkpoint, wanted: Selection, options: spectra.Options, progress: Progress | None
 ) -> Measured:
     pairing = pair_checkpoints(before, tuned, wanted)
-    total = sum(len(matrices_in(pair)) for pair in pairing.pairs)
+    total = sum(len(modules_in(pair, wanted)) for pair in pairing.pairs)
     measured: list[ModuleSpectrum] = []
     for pair in pairing.pairs:
-        for delta in read_deltas(before, tuned, pair):
+        for delta in read_deltas(before, tuned, pair, wanted):
             if progress is not None:
                 progress(delta.module, len(measured), total)
             measured.append(spectra.delta_spectrum(delta, options))
@@ -197,7 +210,7 @@ def _example(checkpoint: Checkpoint) -> str:
     return f"{len(names)} tensors such as {names[0]}" if names else "no tensors"
 
 
-def _summary(measured: Sequence[ModuleSpectrum], others: Sequence[Finding]) -> SpectraSummary:
+def _summary(measured: Sequence[ModuleSpectrum], findings: tuple[Finding, ...]) -> SpectraSummary:
     """Take all modules together: every mean is over the modules where the figure is known."""
     curves = [
         criteria.Spectrum(m.module, m.shape, m.singular_values, m.energy, m.complete) for m in measured if m.energy
@@ -210,7 +223,7 @@ def _summary(measured: Sequence[ModuleSpectrum], others: Sequence[Finding]) -> S
         energy_by_rank={str(r): _mean([criteria.energy_share(c, r) for c in curves]) for r in ranks},
         effective_rank_mean=_mean([m.effective_rank for m in measured if m.energy]),
         rank_90_mean=_mean([m.rank_90 for m in measured if m.energy]),
-        findings=find(measured, others),
+        findings=findings,
     )
 
 

@@ -8,8 +8,10 @@ The contract: values accurate to 1e-4 relative above 1e-3 of the largest, energy
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -129,6 +131,25 @@ def matrix_values(matrix: Array, *, device: str = "cpu") -> Values:
         squares = _gram_eigenvalues_torch(tall, device)
         sigma = np.ascontiguousarray(np.sqrt(np.maximum(squares, 0.0))[::-1])
     return Values(sigma, energy_of(matrix), complete=True)
+
+
+GPU_NODES: Final = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, ROCm, WSL
+
+
+def default_device() -> str:
+    """Return "cuda" where torch is installed and sees a GPU, else "cpu"; without a GPU torch is not imported."""
+    if importlib.util.find_spec("torch") is None or not any(Path(node).exists() for node in GPU_NODES):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def checked_device(device: str) -> str:
+    """Return the device asked for, once it is known to be there; see `torch_device` for the errors."""
+    if device != "cpu":
+        torch_device(device)
+    return device
 
 
 def torch_device(device: str) -> Any:

@@ -88,12 +88,12 @@ def adapter_spectrum(module: LoraModule, a: Array, b: Array, base_norm: float | 
     if finite:
         sigma = tuple(float(v) for v in values.sigma)
         numbers = _numbers(criteria.Spectrum(module.module, module.shape, sigma, values.energy))
-        if values.energy == 0:
-            warnings.append("dead-modules")
     else:
         warnings.append("not-finite")
     energy = numbers["energy"]
-    relative = None if energy is None or not base_norm else math.sqrt(energy) / base_norm
+    relative = None
+    if energy is not None and base_norm and module.scaling is not None:
+        relative = math.sqrt(energy) / base_norm
     return ModuleSpectrum(
         module=module.module,
         shape=module.shape,
@@ -122,8 +122,10 @@ def delta_spectrum(delta: Delta, options: Options) -> ModuleSpectrum:
     if delta.unchanged:
         whole = linalg.energy_of(delta.base)
         zero = criteria.Spectrum(delta.module, _shape(delta.base), (), 0.0)
-        relative = 0.0 if math.isfinite(whole) and whole > 0 else None
-        return _of_delta(delta, _numbers(zero), relative, ["unchanged-modules"], (1.0, 0.0, 0, False))
+        if not math.isfinite(whole):  # the same NaN in both files is no zero
+            return _of_delta(delta, _UNKNOWN, None, ["not-finite"], (1.0, None, None, False))
+        relative = 0.0 if whole > 0 else None
+        return _of_delta(delta, _numbers(zero), relative, [], (1.0, 0.0, 0, False))
     difference = delta.subtract()
     energy = linalg.energy_of(difference)
     if not math.isfinite(energy):
@@ -137,8 +139,10 @@ def delta_spectrum(delta: Delta, options: Options) -> ModuleSpectrum:
     noise = read_noise(delta.base, delta.tuned, difference, values.sigma, seed=options.seed)
     sigma = tuple(float(v) for v in values.sigma)
     numbers = _numbers(criteria.Spectrum(delta.module, _shape(difference), sigma, energy, values.complete))
-    reading = (noise.unchanged_share, noise.noise_edge, noise.signal_rank, noise.rounding_limited)
-    return _of_delta(delta, numbers, relative, ["rounding-limited"] if noise.rounding_limited else [], reading)
+    cut_off = not values.complete and noise.signal_rank == len(sigma)  # the next value may be signal too
+    signal_rank = None if cut_off else noise.signal_rank
+    reading = (noise.unchanged_share, noise.noise_edge, signal_rank, noise.rounding_limited)
+    return _of_delta(delta, numbers, relative, [], reading)
 
 
 def _shape(matrix: Array) -> tuple[int, int]:

@@ -55,11 +55,13 @@ def locate(source: str) -> Place:
         return _hub(source, source.removeprefix("hf://").strip("/"))
     if scheme:
         return _url(source, scheme)
-    path = Path(source).expanduser() if source.startswith("~") else Path(source)
     try:
+        path = Path(source).expanduser() if source.startswith("~") else Path(source)
         there = os.path.lexists(path)
     except ValueError as error:
         raise os_error(error, source) from error
+    except RuntimeError as error:  # `~name` of a user that there is not
+        raise SourceNotFoundError(f"{printable(source)!r} is not there: {error}") from error
     if there:
         return _local(path, source)
     if (match := _REPO.fullmatch(source)) and match["inside"] is None:
@@ -90,9 +92,11 @@ def _url(source: str, scheme: str) -> Place:
 
     filesystem, path = _guarded(open_url, source)
     web = scheme in ("http", "https")
-    if path.lower().endswith(_WEIGHTS):
-        folder, _, file = path.rpartition("/")
-        where = source.rpartition("/")[0]
+    bare = urlsplit(path).path if web else path  # a signed link ends in a query
+    if bare.lower().endswith(_WEIGHTS):
+        cut = path.index(bare) + bare.rindex("/") if bare in path else path.rindex("/")
+        folder, file = path[:cut], path[cut + 1 :]
+        where = source.partition("?")[0].rpartition("/")[0] if web else source.rpartition("/")[0]
         return Place(RemoteStore(filesystem, folder, where, can_list=not web), file)
     if not web:
         kind = _guarded(lambda: filesystem.info(path), source).get("type")

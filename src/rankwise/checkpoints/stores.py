@@ -127,7 +127,7 @@ class LocalStore(Store):
 
     def has(self, name: str) -> bool:
         """Tell whether a file is there, also in a folder that may not be listed."""
-        return self.path(name).is_file() or self.path(name).is_symlink()
+        return os.path.lexists(self.path(name))  # a pipe or a folder of that name is refused by `size`
 
     def path(self, name: str) -> Path:
         """Return the path of a file."""
@@ -280,7 +280,10 @@ def remote_error(error: Exception, label: str) -> RankwiseError:
         return error
     label = printable(label)
     if isinstance(error, FileNotFoundError):
-        return SourceNotFoundError(f"{label} is not there. Check the spelling and, on the hub, the revision.")
+        return SourceNotFoundError(
+            f"{label} is not there, or its server cannot be reached. Check the spelling, the network and, on the hub, "
+            "the revision."
+        )
     if isinstance(error, ImportError):
         package = getattr(error, "name", None) or _package_of(str(error))
         if package in ("s3fs", "aiohttp"):  # s3fs brings aiohttp, which http needs

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from rankwise.checkpoints.model import Array, TensorInfo
-from rankwise.checkpoints.stores import Store
+from rankwise.checkpoints.stores import Store, printable
 from rankwise.errors import MalformedFileError, MissingDependencyError, RankwiseError, TensorError, UnsafeFileError
 
 # torch's spelling -> safetensors'
@@ -159,6 +159,13 @@ def _only_tensors(found: Any, label: str) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise MalformedFileError(f"{label} holds a {type(found).__name__}; wanted a dict of tensors by name.")
     tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    for name, tensor in tensors.items():
+        claimed = tensor.numel() * tensor.element_size()
+        if tensor.layout is torch.strided and claimed > tensor.untyped_storage().nbytes():
+            raise MalformedFileError(
+                f"{label}: {printable(name)} claims the shape {tuple(tensor.shape)}, {claimed:,} bytes, but stores "
+                f"{tensor.untyped_storage().nbytes():,}: it is an expanded view. Save it with .contiguous()."
+            )
     if not tensors:
         raise MalformedFileError(f"{label} holds a dict without tensors; wanted a dict of tensors by name.")
     return tensors

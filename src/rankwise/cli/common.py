@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import Group, Parameter
+from rich.console import Console
 
 from rankwise.errors import UsageError
 
 if TYPE_CHECKING:
-    from rankwise.records import Record
+    from rankwise.records import SimulationRecord, SpectraRecord
 
 EXIT_OK: Final = 0
 EXIT_DEFECT: Final = 1
@@ -64,6 +66,19 @@ Numbers = Annotated[
 """A list of whole numbers, with commas or spaces."""
 
 
+class PlainConsole(Console):
+    """The console of tables and help: a reader that goes away is the entry point's affair, not rich's."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise, where rich would exit with 1."""
+        raise BrokenPipeError
+
+
+def printable(text: str) -> str:
+    """Return text without control characters: names in a file must not steer the terminal."""
+    return "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf") else f"\\x{ord(c):02x}" for c in text)
+
+
 def argv() -> tuple[str, ...]:
     """Return the command as it was typed, with the program's plain name."""
     return ("rankwise", *sys.argv[1:])
@@ -80,17 +95,19 @@ def check_outputs(output: Output) -> None:
         check_writable(path, force=output.force)
 
 
-def write_outputs(record: Record, output: Output) -> None:
+def write_outputs(record: SpectraRecord | SimulationRecord, output: Output) -> None:
     """Write the record and the page where they were asked for, and the record to stdout with --json."""
-    from rankwise.files import write_text
+    from rankwise.files import write_texts
     from rankwise.records import to_json
 
+    texts: dict[Path, str] = {}
     if output.report is not None:
         from rankwise.report import render_page
 
-        write_text(output.report, render_page(record), force=output.force)  # type: ignore[arg-type]
+        texts[output.report] = render_page(record)
     if output.out is not None:
-        write_text(output.out, to_json(record), force=output.force)
+        texts[output.out] = to_json(record)
+    write_texts(texts, force=output.force)
     if output.json:
         sys.stdout.write(to_json(record))
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from cyclopts import App, CycloptsError
 
-from rankwise.cli.common import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK
+from rankwise.cli.common import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK, PlainConsole, printable
 from rankwise.errors import RankwiseError
 
 MESSAGES: Final = "https://rankwise.readthedocs.io/en/latest/reference/messages.html"
@@ -45,6 +45,7 @@ def build_app() -> App:
         help_epilogue=EPILOGUE,
         help_format="plaintext",  # markdown would import a parser: 60 ms of a 300 ms budget
         version=_version,
+        console=PlainConsole(),
         suppress_keyboard_interrupt=False,
         result_action="return_value",
     )
@@ -94,13 +95,15 @@ def _defect() -> int:
 
 
 def _say(message: str) -> None:
-    print(f"rankwise: error: {message}", file=sys.stderr)
+    print(f"rankwise: error: {printable(message)}", file=sys.stderr)
 
 
 def main() -> None:
     """Run the command line of this process and exit."""
     if sys.stdout is None:  # started with stdout closed (`>&-`)
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a path need not be text, and must not end the run when printed
             stream.reconfigure(errors="backslashreplace")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
+from rankwise.cli.common import PlainConsole, printable
 from rankwise.records import Finding, ModuleSpectrum, SimulationRecord, SpectraRecord
 
 MOST_ROWS: Final = 40
@@ -20,16 +20,15 @@ PIPE_WIDTH: Final = 140
 """Columns where stdout is no terminal and has no width of its own."""
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Leave it to the entry point; rich would exit with 1."""
-        raise BrokenPipeError
+def escape(text: str) -> str:
+    """Return text that neither rich nor the terminal takes for an instruction."""
+    return escape_markup(printable(text))
 
 
-def _console() -> Console:
+def _console() -> PlainConsole:
     if sys.stdout.isatty():
-        return _Console(highlight=False)
-    return _Console(highlight=False, width=PIPE_WIDTH)
+        return PlainConsole(highlight=False)
+    return PlainConsole(highlight=False, width=PIPE_WIDTH)
 
 
 class Bar:
@@ -44,7 +43,7 @@ class Bar:
     def __call__(self, module: str, done: int, total: int) -> None:
         """Show that `done` of `total` modules are finished and `module` is next."""
         if self._shown:
-            sys.stderr.write(f"\r\x1b[K{done}/{total}  {module[:80]}")
+            sys.stderr.write(f"\r\x1b[K{done}/{total}  {printable(module[:80])}")
             sys.stderr.flush()
 
     def __exit__(
@@ -132,7 +131,7 @@ def _delta_table(modules: Sequence[ModuleSpectrum]) -> Table:
 _STYLES: Final = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
-def _print_findings(console: Console, findings: Sequence[Finding]) -> None:
+def _print_findings(console: PlainConsole, findings: Sequence[Finding]) -> None:
     for finding in findings:
         style = _STYLES[finding.level]
         console.print(f"[{style}]{finding.level}[/] \\[{finding.code}] {escape(finding.text)}", soft_wrap=True)
