@@ -106,6 +106,7 @@ def desk(examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "story").mkdir()
     shutil.copytree(examples / "adapter", tmp_path / "story" / "style-and-facts")
     (tmp_path / "docs").symlink_to(DOCS)
+    (tmp_path / "spectra.json").write_text(rankwise.inspect(examples / "adapter").to_json(), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

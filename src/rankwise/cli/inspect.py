@@ -33,7 +33,7 @@ def inspect(
         base: Base checkpoint. Needed for a checkpoint; for an adapter it adds the relative norm.
         modules: Regular expression: only modules whose path it is found in.
         skip: Regular expression: leave out modules whose path it is found in.
-        values: How many singular values to compute of a delta: a number, or all. Faster where these stand clear of the rest.
+        values: Singular values to compute of a delta: a number (faster where these stand clear of the rest), or all.
         all_rows: Print every module, however many there are.
         device: cpu, cuda or cuda:N, for deltas. Default: cuda when there is one.
         seed: Seed of the randomised route and of the noise estimate.
