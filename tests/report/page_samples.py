@@ -90,7 +90,7 @@ def record(modules: Sequence[ModuleSpectrum], **more: Any) -> SpectraRecord:
         energy_by_rank=shares,
         effective_rank_mean=_mean([m.effective_rank for m in moved]),
         rank_90_mean=_mean([m.rank_90 for m in moved]),
-        findings=find(modules, others),
+        findings=find(modules, others)[1],
     )
     head: dict[str, Any] = {
         "format": SpectraRecord.FORMAT,
