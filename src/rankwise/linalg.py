@@ -194,7 +194,8 @@ def leading_values(matrix: Array, count: int, *, seed: int = 0, device: str = "c
     4.4) on count + 32 directions. It stops when each wanted value's residual bound, norm(A v - sigma u)
     squared over the distance to the next values or the norm itself, is below 2e-5 of the value (Parlett,
     The Symmetric Eigenvalue Problem, section 11.7), and gives the exact route of `matrix_values` cut to
-    `count` when 6 passes do not bring it there, as on a flat spectrum.
+    `count` where six passes will not bring it there, as on a flat spectrum. The energy of the rest is then
+    known exactly all the same: `energy` less the squares of the values, norm(A)^2 - norm(QB)^2.
 
     Args:
         matrix: shape (rows, columns), float32 or float64, finite, not empty.
@@ -218,21 +219,25 @@ def leading_values(matrix: Array, count: int, *, seed: int = 0, device: str = "c
 
 
 def _subspace_values(tall: Array, count: int, width: int, rng: np.random.Generator) -> Array | None:
-    """Return `count` converged values of a (rows, n) matrix, or None after `MAX_PASSES` passes."""
+    """Return `count` converged values of a (rows, n) matrix, or None where `MAX_PASSES` passes will not do."""
     right = np.linalg.qr(rng.standard_normal((tall.shape[1], width), dtype=tall.dtype))[0]  # (n, width)
+    before = float("inf")
     for done in range(1, MAX_PASSES + 1):
         left = np.linalg.qr(tall @ right)[0]  # (rows, width)
         projected = tall.T @ left  # (n, width): B', whose values are at most those of A
         if done >= 3:
-            sigma = _converged(tall, projected, left, count)
-            if sigma is not None:
+            sigma, error = _ritz(tall, projected, left, count)
+            if error <= VALUE_TOLERANCE:
                 return sigma
+            if error * (error / before) ** (MAX_PASSES - done) > VALUE_TOLERANCE and done >= 4:
+                return None  # at this pace the last pass would not be there
+            before = error
         right = np.linalg.qr(projected)[0]
     return None
 
 
-def _converged(tall: Array, projected: Array, left: Array, count: int) -> Array | None:
-    """Return the Ritz values if every wanted one is within the tolerance, else None."""
+def _ritz(tall: Array, projected: Array, left: Array, count: int) -> tuple[Array, float]:
+    """Return the first `count` Ritz values and the largest relative bound on their errors."""
     v, sigma, turn = np.linalg.svd(projected.astype(np.float64), full_matrices=False)
     # A' u_i = sigma_i v_i holds exactly in the subspace; the other side's residual bounds the error
     wanted = turn[:count].T.astype(tall.dtype)  # (width, count)
@@ -243,6 +248,5 @@ def _converged(tall: Array, projected: Array, left: Array, count: int) -> Array 
     gap = np.maximum(sigma[:count] - next_value, 1e-300)
     error = np.minimum(norms, norms**2 / gap)
     matters = sigma[:count] > 1e-3 * sigma[0]
-    if np.all(error[matters] <= VALUE_TOLERANCE * sigma[:count][matters]):
-        return np.ascontiguousarray(sigma[:count])
-    return None
+    worst = float(np.max(error[matters] / sigma[:count][matters], initial=0.0))
+    return np.ascontiguousarray(sigma[:count]), worst

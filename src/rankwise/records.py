@@ -75,8 +75,8 @@ class ModuleSpectrum(Part, frozen=True, kw_only=True):
         dtype: storage dtype in the spelling of safetensors: "BF16", "F16", "F32", "F64".
         singular_values: of scaling * B @ A, or of tuned - base; largest first. Accurate to 1e-4 relative
             for every value above 1e-3 of the largest.
-        complete: whether all min(shape) values are there (those past an adapter's rank are zero and are
-            not listed).
+        complete: whether every value that is not listed is zero: those past an adapter's rank, and all of
+            an unchanged weight.
         energy: squared Frobenius norm, measured on the delta itself to 1e-6.
         stable_rank: energy / sigma_1^2.
         effective_rank: exp(entropy of sigma_i^2 / energy).
