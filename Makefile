@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+PAGE ?= story/inspect.html
+PICTURE ?= story/inspect.png
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 HOUSE := pyproject.toml constraints.txt
@@ -52,8 +54,8 @@ bench: $(VENV)/.full ## ratios against peers, measured in one run (slow)
 	$(PIP) -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/run.py
 
-picture: ## take the README's picture again, of the page that `make story` wrote (needs Chromium)
-	$(BIN)/python docs/tools/picture.py story/inspect.html docs/_static/inspect.png
+picture: ## photograph the page PAGE into PICTURE (needs Chromium)
+	$(BIN)/python docs/tools/picture.py $(PAGE) $(PICTURE)
 
 clean: ## remove environments and build outputs
 	rm -rf .venv story dist docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -350,3 +350,27 @@ def test_same_seed_same_reading_and_inputs_untouched() -> None:
     assert other.noise_edge != first.noise_edge
     assert other.signal_rank == first.signal_rank == 8
     assert np.array_equal(delta, kept)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("shape", [(32, 32), (64, 96), (128, 128)])
+def test_a_base_that_was_cast_alone_reads_zero(dtype: str, shape: tuple[int, int]) -> None:
+    """Nothing was trained: the base is the tuned tensor in a coarser dtype, down to float8's subnormal steps."""
+    coarse = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    for seed in range(6):
+        tuned = (0.02 * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+        base = tuned.astype(coarse)
+        delta = tuned - base.astype(np.float32)
+        values = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
+        assert read_noise(base, tuned, delta, values).signal_rank == 0, seed
+
+
+def test_an_exact_base_keeps_the_edge_of_float32(rng: np.random.Generator) -> None:
+    """Trained in float32 from a bfloat16 file: the base was not rounded, and a rank-8 update of 0.01 % is seen."""
+    base = (0.02 * rng.standard_normal((256, 512))).astype(ml_dtypes.bfloat16)
+    update = rng.standard_normal((256, 8)) @ rng.standard_normal((8, 512))
+    update *= 1e-4 * np.linalg.norm(base.astype(np.float64)) / np.linalg.norm(update)
+    tuned = base.astype(np.float32) + update.astype(np.float32)
+    delta = tuned - base.astype(np.float32)
+    values = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
+    assert read_noise(base, tuned, delta, values).signal_rank == 8
