@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rankwise._version import __version__
+
 # eager, so that the name is the function: importing the submodule later would bind the module to it
 from rankwise.scaling import SCALINGS, scaling
 
@@ -59,10 +61,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from rankwise.records import version
-
-        return version()
     if name not in _HOMES:
         raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
     from importlib import import_module

@@ -17,19 +17,15 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import msgspec
 
+from rankwise._version import __version__
 from rankwise.errors import MissingDependencyError, RecordError
 
 Level = Literal["info", "warning", "error"]
 
 
 def version() -> str:
-    """Return the version of rankwise that is installed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("rankwise")
-    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        return "0+unknown"
+    """Return the version of rankwise."""
+    return __version__
 
 
 def now() -> str:

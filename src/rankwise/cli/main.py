@@ -13,6 +13,7 @@ from typing import Final
 
 from cyclopts import App, CycloptsError
 
+from rankwise._version import __version__
 from rankwise.cli.common import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK, PlainConsole, printable
 from rankwise.errors import RankwiseError
 
@@ -31,12 +32,6 @@ EPILOGUE: Final = (
 )
 
 
-def _version() -> str:
-    from rankwise.records import version
-
-    return version()
-
-
 def build_app() -> App:
     """Return the application; no command is imported before it is called."""
     app = App(
@@ -44,7 +39,7 @@ def build_app() -> App:
         help=HELP,
         help_epilogue=EPILOGUE,
         help_format="plaintext",  # markdown would import a parser: 60 ms of a 300 ms budget
-        version=_version,
+        version=__version__,
         console=PlainConsole(),
         suppress_keyboard_interrupt=False,
         result_action="return_value",
