@@ -69,5 +69,5 @@ $(VENV)/.core: $(HOUSE) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.full: $(HOUSE) | $(VENV)/bin/python
-	$(PIP) --no-compile -e '.[train,s3,dev,docs]' # python compiles what is imported, a tenth of it
+	$(PIP) -e '.[train,s3,dev,docs]'
 	@touch $@ $(VENV)/.core
