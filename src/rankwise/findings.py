@@ -113,8 +113,8 @@ def rounding_limited(modules: Modules) -> Hit | None:
         return None
     text = (
         f"In {_share(limited, modules)} rounding to {limited[0].dtype} makes up enough of tuned - base that the energy "
-        "ranks (rank_99 first, then rank_90) and the effective rank count rounding noise. Read the signal rank there: the "
-        "number of singular values above the noise edge."
+        "ranks (rank_99 first, then rank_90) and the effective rank count rounding noise. Read the signal rank there: "
+        "the number of singular values above the noise edge."
     )
     return Finding(code="rounding-limited", level="warning", text=text), limited
 
