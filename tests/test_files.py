@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from rankwise.errors import OutputError, OutputExistsError
-from rankwise.files import check_writable, write_text
+from rankwise.files import check_writable, write_text, write_texts
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX semantics")
 as_root = pytest.mark.skipif(
@@ -207,3 +207,22 @@ def test_a_long_name_still_has_room_for_the_part_beside_it(tmp_path: Path) -> No
     path = tmp_path / ("n" * 250 + ".json")  # 255 bytes: the most that common file systems take
     write_text(path, "x", force=False)
     assert left_in(tmp_path) == [path.name]
+
+
+def test_several_files_are_written_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full at the second of two: the first is not left behind, and an old one keeps its contents."""
+    first, second = tmp_path / "page.html", tmp_path / "record.json"
+    first.write_text("old")
+    synced: list[int] = []
+
+    def full_at_the_second(handle: int) -> None:
+        synced.append(handle)
+        if len(synced) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_at_the_second)
+    with pytest.raises(OutputError, match=r"record\.json cannot be written: No space left .* Nothing was written"):
+        write_texts({first: "new", second: "new"}, force=True)
+    assert len(synced) == 2
+    assert first.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]

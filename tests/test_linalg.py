@@ -64,7 +64,7 @@ def test_energy_of_float16_does_not_overflow_in_float16() -> None:
 def test_energy_goes_over_blocks_without_losing_rows(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     matrix = rng.standard_normal((37, 11))
     monkeypatch.setattr(linalg, "BLOCK_ENTRIES", 50)  # four rows a block, and a last one of one
-    assert len(list(linalg.row_blocks(matrix))) == 10
+    assert len(list(linalg.row_blocks(matrix.shape, linalg.BLOCK_ENTRIES))) == 10
     assert energy_of(matrix) == pytest.approx(float(np.sum(matrix**2)), rel=1e-13)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rankwise.checkpoints.model import Checkpoint, TensorInfo
 from rankwise.errors import ShapeMismatchError, TensorError, UsageError
-from rankwise.linalg import row_blocks
+from rankwise.grids import row_blocks
 from rankwise.records import Finding, Skipped
 
 Array = NDArray[Any]
@@ -83,7 +83,7 @@ class Delta:
         difference = np.empty(self.base.shape, dtype=np.float32)
         wide = np.float64 if np.float64 in (self.base.dtype, self.tuned.dtype) else np.float32
         with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
-            for rows in row_blocks(difference):
+            for rows in row_blocks(difference.shape):
                 difference[rows] = self.tuned[rows].astype(wide) - self.base[rows].astype(wide)
         return difference
 

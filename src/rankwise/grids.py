@@ -25,11 +25,11 @@ def block_energy(block: Floats) -> float:
     return float(np.square(block, dtype=np.float64).sum())
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield slices of rows that hold about `BLOCK_ENTRIES` entries each."""
-    step = max(1, BLOCK_ENTRIES // max(1, shape[1]))
+def row_blocks(shape: tuple[int, ...], entries: int = BLOCK_ENTRIES) -> Iterator[slice]:
+    """Yield slices of rows that hold about `entries` entries each, one row at least."""
+    step = max(1, entries // max(1, shape[1]))
     for start in range(0, shape[0], step):
-        yield slice(start, start + step)
+        yield slice(start, min(start + step, shape[0]))
 
 
 class Pair:

@@ -9,7 +9,6 @@ The contract: values accurate to 1e-4 relative above 1e-3 of the largest, energy
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from rankwise.bands import gram_or_band_values
 from rankwise.errors import DeviceError, MissingDependencyError
+from rankwise.grids import row_blocks
 
 Array = NDArray[Any]
 
@@ -56,13 +56,6 @@ def one_thread() -> Any:
     return threadpool_limits(limits=1, user_api="blas")
 
 
-def row_blocks(matrix: Array) -> Iterator[slice]:
-    """Yield slices of rows that hold about `BLOCK_ENTRIES` entries each."""
-    rows = max(1, BLOCK_ENTRIES // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], rows):
-        yield slice(start, min(start + rows, matrix.shape[0]))
-
-
 def energy_of(matrix: Array) -> float:
     """Return the squared Frobenius norm, summed in float64 (a float32 sum may be 1e-3 off).
 
@@ -70,7 +63,7 @@ def energy_of(matrix: Array) -> float:
         matrix: shape (rows, columns), any float dtype.
     """
     total = 0.0
-    for rows in row_blocks(matrix):
+    for rows in row_blocks(matrix.shape, BLOCK_ENTRIES):
         block = matrix[rows].astype(np.float64).ravel()
         total += float(block @ block)
     return total

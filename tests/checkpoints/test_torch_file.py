@@ -127,3 +127,14 @@ def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependencyError, match=r"rankwise\[train\]"):
         open_source(tmp_path)
+
+
+def test_an_expanded_view_is_refused_before_it_costs_its_memory(tmp_path: Path) -> None:
+    """A file of 1.5 kB that claims 1.6 GB."""
+    torch = pytest.importorskip("torch")
+    torch.save({"l.0.q.weight": torch.zeros(1).expand(20000, 20000)}, tmp_path / "pytorch_model.bin")
+    with (
+        pytest.raises(MalformedFileError, match=r"claims the shape \(20000, 20000\).*an expanded view"),
+        open_source(tmp_path) as opened,
+    ):
+        opened.names()

@@ -450,3 +450,28 @@ def test_a_report_is_written_beside_the_record(run: Run, adapter: Path, tmp_path
     assert err == f"wrote {page}\n"
     assert SpectraRecord.from_json(out).to_json() == out
     assert page.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html>")
+
+
+def test_names_in_a_file_do_not_steer_the_terminal(run: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+    """A module name may hold an escape sequence: it is shown, on stdout and in errors, and not obeyed."""
+    name = "l.0.\x1b]0;owned\x07q\x1b[31m"
+    base = rng.standard_normal((6, 8)).astype(np.float32)
+    for side, weight in (("base", base), ("tuned", base + 1), ("other", base[:4])):
+        write_checkpoint(tmp_path / side, {f"{name}.weight": weight})
+    code, out, err = run("inspect", str(tmp_path / "tuned"), "--base", str(tmp_path / "base"))
+    assert code == 0
+    assert "owned" in out
+    assert not {"\x1b", "\x07"} & set(out + err)
+    code, out, err = run("inspect", str(tmp_path / "other"), "--base", str(tmp_path / "base"))
+    assert code == 2
+    assert "owned" in err
+    assert not {"\x1b", "\x07"} & set(out + err)
+
+
+def test_a_closed_stderr_and_an_unknown_user_are_no_defects(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", {"q": planted_factors(np.random.default_rng(0), (6, 8), [2.0, 1.0])})
+    quiet = 'exec "$0" -m rankwise inspect "$1" 2>&- >/dev/null'
+    assert subprocess.run(["sh", "-c", quiet, sys.executable, str(adapter)]).returncode == 0
+    done = process(["inspect", "~nobody-of-that-name-here/adapter"])
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
