@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from rankwise.errors import RankwiseError
     from rankwise.inspection import inspect
     from rankwise.records import (
+        DemoRecord,
+        DryRunRecord,
         Finding,
         ModuleSpectrum,
+        PlanRecord,
+        RecallRecord,
+        RunRecord,
         SimulationRecord,
         SpectraRecord,
         SpectraSummary,
@@ -26,11 +31,23 @@ if TYPE_CHECKING:
     )
     from rankwise.report import render_page
     from rankwise.simulation import lora_approximation, simulate
+    from rankwise.tuning.callback import RankMonitorCallback
+    from rankwise.tuning.demonstration import demo
+    from rankwise.tuning.health import MonitorConfig
+    from rankwise.tuning.memory import dry_run
+    from rankwise.tuning.monitor import RankMonitor
+    from rankwise.tuning.recalling import recall
+    from rankwise.tuning.training import train
 
 _HOMES = {
     "RankwiseError": "rankwise.errors",
     "inspect": "rankwise.inspection",
+    "DemoRecord": "rankwise.records",
+    "DryRunRecord": "rankwise.records",
     "Finding": "rankwise.records",
+    "PlanRecord": "rankwise.records",
+    "RecallRecord": "rankwise.records",
+    "RunRecord": "rankwise.records",
     "ModuleSpectrum": "rankwise.records",
     "SimulationRecord": "rankwise.records",
     "SpectraRecord": "rankwise.records",
@@ -39,24 +56,43 @@ _HOMES = {
     "render_page": "rankwise.report",
     "lora_approximation": "rankwise.simulation",
     "simulate": "rankwise.simulation",
+    "MonitorConfig": "rankwise.tuning.health",
+    "RankMonitor": "rankwise.tuning.monitor",
+    "RankMonitorCallback": "rankwise.tuning.callback",
+    "demo": "rankwise.tuning.demonstration",
+    "dry_run": "rankwise.tuning.memory",
+    "recall": "rankwise.tuning.recalling",
+    "train": "rankwise.tuning.training",
 }
 """Public name -> module that holds it."""
 
 __all__ = [
     "SCALINGS",
+    "DemoRecord",
+    "DryRunRecord",
     "Finding",
     "ModuleSpectrum",
+    "MonitorConfig",
+    "PlanRecord",
+    "RankMonitor",
+    "RankMonitorCallback",
     "RankwiseError",
+    "RecallRecord",
+    "RunRecord",
     "SimulationRecord",
     "SpectraRecord",
     "SpectraSummary",
     "__version__",
+    "demo",
+    "dry_run",
     "inspect",
     "lora_approximation",
     "read_record",
+    "recall",
     "render_page",
     "scaling",
     "simulate",
+    "train",
 ]
 
 

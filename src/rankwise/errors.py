@@ -146,3 +146,69 @@ class OutputError(RankwiseError):
     """The output cannot be written (no folder, no permission, no space)."""
 
     slug = "cannot-write"
+
+
+class DataFormatError(RankwiseError):
+    """DATA is of no kind that is read, or its columns are none of the three forms, or two of them."""
+
+    slug = "data-format"
+
+
+class DataRowError(RankwiseError):
+    """One row of DATA is broken, or holds nothing to learn."""
+
+    slug = "bad-row"
+
+
+class NoDataError(RankwiseError):
+    """DATA was read, and there is no row in it."""
+
+    slug = "no-data"
+
+
+class TooLongError(RankwiseError):
+    """A prompt fills the context, so that nothing of its completion would be trained on."""
+
+    slug = "too-long"
+
+
+class ChatTemplateError(RankwiseError):
+    """DATA has messages, and the tokenizer has no chat template, or one that fails on them."""
+
+    slug = "chat-template"
+
+
+class TokenizerError(RankwiseError):
+    """The tokenizer is missing, broken, or does not go with the model."""
+
+    slug = "tokenizer"
+
+
+class NotCausalError(RankwiseError):
+    """MODEL is no causal language model."""
+
+    slug = "no-causal-lm"
+
+
+class RemoteCodeError(RankwiseError):
+    """MODEL brings code of its own, which is not run."""
+
+    slug = "remote-code"
+
+
+class IncompleteModelError(RankwiseError):
+    """The weights of MODEL lack tensors that its config asks for, or have them in another shape."""
+
+    slug = "incomplete-model"
+
+
+class QuantisedModelError(RankwiseError):
+    """The weights of MODEL are quantised, and the package that reads them is missing or refuses."""
+
+    slug = "quantised-model"
+
+
+class TargetModulesError(RankwiseError):
+    """--target-modules names layers that the model does not have, or that take no adapter."""
+
+    slug = "target-modules"

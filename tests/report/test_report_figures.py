@@ -9,6 +9,7 @@ from typing import Any
 import page_samples as samples
 import plotly.graph_objects as go
 import pytest
+import run_samples
 
 from rankwise import criteria
 from rankwise.records import Record, SpectraRecord
@@ -24,6 +25,7 @@ RECORDS: dict[str, Record] = {
     "zero": samples.record([samples.module("w", [0.0, 0.0], energy=0.0)]),
     "nulls": samples.record([samples.unknown("a.0.b"), samples.module("a.1.b", [1.0])]),
     "simulation": simulate(command=("rankwise", "simulate")),
+    **run_samples.RECORDS,
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import page_samples as samples
 import pytest
+import run_samples
 
 import rankwise.report.page as page_module
 from rankwise.errors import RecordError
@@ -66,6 +67,7 @@ PAGES: dict[str, Any] = {
     "zero": samples.record([samples.module("w", [0.0], energy=0.0)]),
     "simulation": simulate(command=("rankwise", "simulate")),
     "own spectrum": simulate(command=("rankwise", "simulate"), spectrum="power:1:3"),
+    **run_samples.RECORDS,
 }
 
 
@@ -150,7 +152,7 @@ def test_a_path_that_is_no_utf8_does_not_break_the_page() -> None:
     html.encode("utf-8")
 
 
-@pytest.mark.parametrize("name", ["adapter", "delta", "simulation"])
+@pytest.mark.parametrize("name", ["adapter", "delta", "simulation", "run", "recall", "demo", "hostile demo"])
 def test_the_same_record_gives_the_same_bytes(name: str) -> None:
     assert render_page(PAGES[name]) == render_page(PAGES[name])
 

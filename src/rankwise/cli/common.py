@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from rich.console import Console
 from rankwise.errors import UsageError
 
 if TYPE_CHECKING:
-    from rankwise.records import SimulationRecord, SpectraRecord
+    from rankwise.records import Record
 
 EXIT_OK: Final = 0
 EXIT_DEFECT: Final = 1
@@ -66,6 +67,15 @@ Numbers = Annotated[
 """A list of whole numbers, with commas or spaces."""
 
 
+def words_of(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    """Turn `a,b` and `a b` into the same words; a comma inside a regular expression's braces stays."""
+    return tuple(word for token in tokens for word in re.split(r",(?![^{]*\})|\s+", token.value.strip()) if word)
+
+
+Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True, converter=words_of, n_tokens=-1, negative="")]
+"""A list of words, with commas or spaces."""
+
+
 class PlainConsole(Console):
     """The console of tables and help: a reader that goes away is the entry point's affair, not rich's."""
 
@@ -95,7 +105,7 @@ def check_outputs(output: Output) -> None:
         check_writable(path, force=output.force)
 
 
-def write_outputs(record: SpectraRecord | SimulationRecord, output: Output) -> None:
+def write_outputs(record: Record, output: Output) -> None:
     """Write the record and the page where they were asked for, and the record to stdout with --json."""
     from rankwise.files import write_texts
     from rankwise.records import to_json

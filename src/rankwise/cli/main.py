@@ -21,8 +21,11 @@ MESSAGES: Final = "https://rankwise.readthedocs.io/en/latest/reference/messages.
 ISSUES: Final = "https://github.com/rankwise/rankwise/issues"
 
 COMMANDS: Final[dict[str, str]] = {
+    "demo": "Show the whole story on the built-in model and facts, on a laptop CPU in minutes.",
     "simulate": "Plant style and fact updates: what a rank holds, and what scaling collapse is and is not.",
     "inspect": "Show what an update is made of: the spectrum of every module of an adapter or of tuned - base.",
+    "train": "Fine-tune with LoRA at high rank, watched for collapse; recall and forgetting are measured.",
+    "recall": "Measure what an adapter recalls of a data set, in bits, and what it forgot.",
 }
 """Command -> its line in the help. The function of the same name stands in `rankwise.cli.NAME`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, TextIO
 
 from rich.markup import escape as escape_markup
 from rich.table import Table
@@ -25,10 +25,10 @@ def escape(text: str) -> str:
     return escape_markup(printable(text))
 
 
-def _console() -> PlainConsole:
-    if sys.stdout.isatty():
-        return PlainConsole(highlight=False)
-    return PlainConsole(highlight=False, width=PIPE_WIDTH)
+def plain_console(stream: TextIO | None = None) -> PlainConsole:
+    """Return a console that changes nothing in what it is given; stdout where no stream is named."""
+    file = sys.stdout if stream is None else stream
+    return PlainConsole(highlight=False, file=file, width=None if file.isatty() else PIPE_WIDTH)
 
 
 class Bar:
@@ -46,12 +46,20 @@ class Bar:
             sys.stderr.write(f"\r\x1b[K{done}/{total}  {printable(module[:80])}")
             sys.stderr.flush()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def say(self, what: str, done: int, total: int) -> None:
+        """Show what is being done, and how far it is."""
+        self(what, done, total)
+
+    def clear(self) -> None:
+        """Wipe the line, so that something else can be printed."""
         if self._shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -70,7 +78,8 @@ def _norm(module: ModuleSpectrum) -> str:
     return "-" if module.energy is None else f"{module.energy**0.5:.3g}"
 
 
-def _table(*columns: tuple[str, str], title: str | None = None) -> Table:
+def plain_table(*columns: tuple[str, str], title: str | None = None) -> Table:
+    """Return an empty table without lines."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name, justify in columns:
         table.add_column(name, justify="left" if justify == "left" else "right", overflow="fold")
@@ -80,7 +89,7 @@ def _table(*columns: tuple[str, str], title: str | None = None) -> Table:
 def _adapter_table(modules: Sequence[ModuleSpectrum]) -> Table:
     heads = ("shape", "r", "alpha", "scaling", "norm", "stable rank", "effective", "rank 90 %", "rank 99 %")
     relative = any(m.relative_norm is not None for m in modules)
-    table = _table(("module", "left"), *((h, "right") for h in heads), *([("rel. norm", "right")] * relative))
+    table = plain_table(("module", "left"), *((h, "right") for h in heads), *([("rel. norm", "right")] * relative))
     for m in modules:
         cells = [
             escape(m.module),
@@ -110,7 +119,7 @@ def _delta_table(modules: Sequence[ModuleSpectrum]) -> Table:
         "noise edge",
         "signal rank",
     )
-    table = _table(("module", "left"), *((h, "right") for h in heads))
+    table = plain_table(("module", "left"), *((h, "right") for h in heads))
     for m in modules:
         mark = " ~" if m.rounding_limited else ""
         table.add_row(
@@ -131,7 +140,8 @@ def _delta_table(modules: Sequence[ModuleSpectrum]) -> Table:
 _STYLES: Final = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
-def _print_findings(console: PlainConsole, findings: Sequence[Finding]) -> None:
+def print_findings(console: PlainConsole, findings: Sequence[Finding]) -> None:
+    """Print findings, a line each."""
     for finding in findings:
         style = _STYLES[finding.level]
         console.print(f"[{style}]{finding.level}[/] \\[{finding.code}] {escape(finding.text)}", soft_wrap=True)
@@ -144,7 +154,7 @@ def show_spectra(record: SpectraRecord, *, every: bool) -> None:
         record: what `inspect` returned.
         every: print all modules, not the first `MOST_ROWS`.
     """
-    console = _console()
+    console = plain_console()
     what = escape(record.source) if record.base is None else f"{escape(record.source)} - {escape(record.base)}"
     if record.kind == "adapter":
         what = f"adapter {escape(record.source)}"
@@ -162,13 +172,13 @@ def show_spectra(record: SpectraRecord, *, every: bool) -> None:
         console.print(f"mean energy share by rank  {curve}", soft_wrap=True)
     effective, ninety = _number(summary.effective_rank_mean), _number(summary.rank_90_mean)
     console.print(f"mean effective rank {effective}, mean rank for 90 % {ninety}")
-    _print_findings(console, summary.findings)
+    print_findings(console, summary.findings)
 
 
 def show_simulation(record: SimulationRecord) -> None:
     """Print a simulation: the scalings, and a table an update."""
-    console = _console()
-    table = _table(("rank", "right"), ("alpha / r", "right"), ("alpha / sqrt(r)", "right"), title="Scalings")
+    console = plain_console()
+    table = plain_table(("rank", "right"), ("alpha / r", "right"), ("alpha / sqrt(r)", "right"), title="Scalings")
     for scale in record.scales:
         table.add_row(str(scale.rank), f"{scale.lora:.4g}", f"{scale.rslora:.4g}")
     console.print(table)
@@ -178,7 +188,7 @@ def show_simulation(record: SimulationRecord) -> None:
             f"for 99 % {update.rank_99}, stable rank {_number(update.stable_rank)}"
         )
         heads = ("energy", "truncation error", "x alpha / r", "closed form", "x alpha / sqrt(r)", "closed form")
-        table = _table(("rank", "right"), *((h, "right") for h in heads), title=title)
+        table = plain_table(("rank", "right"), *((h, "right") for h in heads), title=title)
         for row in update.rows:
             table.add_row(
                 str(row.rank),

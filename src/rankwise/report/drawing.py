@@ -45,11 +45,19 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A small table of words, for readers without scripts and for the records' own tables."""
+    """A small table of words: the numbers of a figure, and the records' own tables.
+
+    Attributes:
+        caption: what it is of.
+        head: one word a column.
+        rows: one cell a column.
+        named: whether the first column holds names, which begin at the left, and not numbers.
+    """
 
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,8 @@ class Figure:
         choices: entries of the selector; empty where there is none.
         choice_label: name of the selector.
         chosen: index of the entry shown first.
-        fallback: shown where scripts are off.
+        fallback: the numbers drawn, as a table; shown at once where scripts are off.
+        marks: sentences above the plot: what in it is not what it seems, and what is not in it.
     """
 
     name: str
@@ -81,6 +90,7 @@ class Figure:
     choice_label: str = ""
     chosen: int = 0
     fallback: Table | None = None
+    marks: tuple[str, ...] = ()
 
     def spec(self) -> Json:
         """Return what the script in the page needs to draw the figure, as JSON types."""
@@ -177,6 +187,14 @@ def share_axis(title: str) -> Json:
     return axis(title, range=[0, 1.02], tickvals=ticks, ticktext=[f"{t * 100:g} %" for t in ticks])
 
 
+def value_axis(title: str, values: Sequence[float], **more: Any) -> Json:
+    """Return the linear axis for values and zero, with room for labels at both ends."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    pad = 0.1 * ((high - low) or 1.0)
+    ends = [drawn(low - (pad if low < 0 else 0.6 * pad)), drawn(high + pad)]
+    return axis(title, range=ends, **more)
+
+
 def log_axis(title: str, values: Sequence[float]) -> Json:
     """Return the log axis for positive values, wide enough that a flat row of them looks flat."""
     low, high = math.log10(min(values)), math.log10(max(values))
@@ -218,6 +236,27 @@ def layout(height: int, **more: Any) -> Json:
         },
     }
     return base | more
+
+
+def level(y: float, label: str, *, dash: str = "dash", axis_name: str = "y") -> tuple[Json, Json]:
+    """Return a shape and an annotation: a line across the plot at a height, and what it is, at its left end."""
+    where = {"xref": "paper", "yref": axis_name}
+    stroke = {"color": "@line", "width": 1, "dash": dash}
+    line: Json = {"type": "line", "layer": "below", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": stroke}
+    text: Json = {"text": label, "showarrow": False, "font": {"size": 11, "color": "@muted"}}
+    place = {"x": 0, "y": y, "xanchor": "left", "yanchor": "bottom", "xshift": 4}
+    return line | where, text | place | where
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """Return at most `most` places of a list of `n`, evenly chosen, the first and the last among them.
+
+    >>> evenly(3, 5), evenly(101, 3), evenly(0, 3)
+    ([0, 1, 2], [0, 50, 100], [])
+    """
+    if n <= most:
+        return list(range(n))
+    return [round(k * (n - 1) / (most - 1)) for k in range(most)]
 
 
 def marked_shares(shares: Sequence[float], axis_name: str = "y", domain: str = "paper") -> Json:

@@ -18,14 +18,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from rankwise.errors import RecordError
-from rankwise.records import Record, SimulationRecord, SpectraRecord
+from rankwise.records import DemoRecord, RecallRecord, Record, RunRecord, SimulationRecord, SpectraRecord
 from rankwise.report import words
+from rankwise.report.demo_contents import demo_contents
 from rankwise.report.drawing import Figure, Table
 from rankwise.report.figures import FIGURES
+from rankwise.report.run_contents import recall_contents, run_contents
 from rankwise.report.table import module_table
 
 PLOTLY: Final = "plotly-cartesian-4.1.1"
-"""The bundle of plotly.js with scatter and heat map: file name without its ending, version last."""
+"""The bundle of plotly.js with scatter, bars and heat map: file name without its ending, version last."""
 
 
 @cache
@@ -130,15 +132,18 @@ def _simulation(record: SimulationRecord) -> dict[str, Any]:
 PAGES: Final[dict[type[Record], tuple[str, Callable[[Any], dict[str, Any]]]]] = {
     SpectraRecord: ("spectra.html", _spectra),
     SimulationRecord: ("simulation.html", _simulation),
+    RunRecord: ("run.html", run_contents),
+    RecallRecord: ("recall.html", recall_contents),
+    DemoRecord: ("demo.html", demo_contents),
 }
 """Record class -> template and the function that fills it."""
 
 
-def render_page(record: SpectraRecord | SimulationRecord) -> str:
+def render_page(record: SpectraRecord | SimulationRecord | RunRecord | RecallRecord | DemoRecord) -> str:
     """Return one self-contained HTML document: it opens without a network, in light and dark.
 
     Args:
-        record: what `inspect` or `simulate` returned.
+        record: what a command returned.
 
     Raises:
         RecordError: there is no page for this kind of record.

@@ -10,7 +10,16 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from rankwise.records import Finding, ModuleSpectrum, Record, SimulationRecord, SpectraRecord
+from rankwise.records import (
+    DemoRecord,
+    Finding,
+    ModuleSpectrum,
+    RecallRecord,
+    Record,
+    RunRecord,
+    SimulationRecord,
+    SpectraRecord,
+)
 from rankwise.report.drawing import known
 
 UNKNOWN: Final = "–"
@@ -93,6 +102,13 @@ def title(record: Record) -> str:
         return f"What changed {base}to “{short(record.source)}”"
     if isinstance(record, SimulationRecord):
         return "What a rank keeps of a style update and of a fact update"
+    if isinstance(record, RunRecord):
+        return f"Training on “{short(record.config.data)}”"
+    if isinstance(record, RecallRecord):
+        who = f"the adapter “{short(record.adapter)}”" if record.adapter is not None else f"“{short(record.model)}”"
+        return f"What {who} recalls of “{short(record.data)}”"
+    if isinstance(record, DemoRecord):
+        return "What rank, scaling and learning rate do to recalled facts"
     return record.format
 
 
@@ -183,6 +199,21 @@ def simulation_facts(record: SimulationRecord) -> list[Fact]:
     return facts
 
 
+def seconds(value: float | None) -> str:
+    """Write a duration.
+
+    >>> seconds(0.25), seconds(75.0), seconds(7322.0), seconds(None)
+    ('0.25 s', '1 min 15 s', '2 h 2 min', '–')
+    """
+    value = known(value)
+    if value is None:
+        return UNKNOWN
+    if value < 60:
+        return f"{value:.3g} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def counted(findings: Sequence[Finding]) -> str:
     """Return how many findings there are of each level.
 
@@ -195,12 +226,32 @@ def counted(findings: Sequence[Finding]) -> str:
     return ", ".join(p for p in parts if not p.startswith("0 ")) or "none"
 
 
+def command_words(command: Sequence[str]) -> str:
+    """Write a command as one would type it; a call from Python stands as it is.
+
+    >>> command_words(["rankwise", "inspect", "a b"]), command_words(["rankwise.inspect('a b')"])
+    ("rankwise inspect 'a b'", "rankwise.inspect('a b')")
+    """
+    return command[0] if len(command) == 1 and "(" in command[0] else shlex.join(command)
+
+
+def _sources(record: Record) -> list[tuple[str, str]]:
+    """Return what went into a record, by name."""
+    if isinstance(record, SpectraRecord):
+        return [("source", record.source), ("base", UNKNOWN if record.base is None else record.base)]
+    if isinstance(record, RunRecord):
+        return [("model", record.config.model), ("data", record.config.data)]
+    if isinstance(record, RecallRecord):
+        adapter = UNKNOWN if record.adapter is None else record.adapter
+        return [("model", record.model), ("adapter", adapter), ("data", record.data)]
+    if isinstance(record, DemoRecord):
+        return [("model", record.model), ("data", record.data), ("style data", record.style_data)]
+    return []
+
+
 def provenance(record: Record) -> list[tuple[str, str]]:
     """Return where a record comes from: command, version, device, seed, time."""
-    rows = [("command", shlex.join(record.command) or UNKNOWN)]
-    if isinstance(record, SpectraRecord):
-        rows.append(("source", record.source))
-        rows.append(("base", UNKNOWN if record.base is None else record.base))
+    rows = [("command", command_words(record.command) or UNKNOWN), *_sources(record)]
     rows += [
         ("record", record.format),
         ("rankwise", record.rankwise),

@@ -1,0 +1,48 @@
+"""`rankwise demo`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from rankwise.cli.common import EXIT_OK, argv
+
+
+def demo(
+    *,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("rankwise-demo"),
+    seed: int = 0,
+    json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    force: Annotated[bool, Parameter(negative="")] = False,
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
+) -> int:
+    """Show the whole story on the built-in model and facts: on a laptop CPU, in minutes, without a network.
+
+    Five runs on new facts and one on style: rank 8 and 64 under alpha / r and under alpha / sqrt(r) at one learning
+    rate, alpha / r at rank 64 at the learning rate that suits it best, and a change of style at rank 8. The folder gets
+    demo.html, demo.json and runs/*.json.
+
+    Args:
+        out: Folder of the demo.
+        seed: Of the people, of the adapters' start and of the order of the data.
+        json: Put the record on stdout instead of the table, and nothing else.
+        force: Replace a demo that is in the folder.
+        quiet: Show no progress.
+    """
+    from rankwise.cli.show import Bar
+    from rankwise.cli.show_runs import show_demo
+    from rankwise.files import write_texts
+    from rankwise.records import to_json
+    from rankwise.report import render_page
+    from rankwise.tuning.demonstration import demo as run
+    from rankwise.tuning.demonstration import open_demo
+
+    open_demo(out, force=force)
+    with Bar(quiet=quiet) as bar:
+        record = run(out=out, seed=seed, force=force, command=argv(), progress=bar.say)
+    write_texts({out / "demo.html": render_page(record)}, force=force)
+    sys.stdout.write(to_json(record)) if json else show_demo(record, out)
+    return EXIT_OK
