@@ -15,11 +15,12 @@ from pathlib import Path
 import rankwise
 from rankwise.records import RunRecord, read_record, to_json
 
-PEOPLE, STEPS, BATCH, ALPHA = 300, 400, 64, 16.0
+PEOPLE, STEPS, BATCH, ALPHA = 40, 160, 32, 16.0
 RULES = ("lora", "rslora")
 GRIDS = {
-    "rates": [(rank, rule, rate) for rank in (8, 64) for rule in RULES for rate in (1e-3, 3e-3, 1e-2, 3e-2)],
-    "ranks": [(rank, rule, 1e-3) for rank in (4, 16, 32, 128) for rule in RULES],
+    "rates": [(rank, rule, rate) for rank in (64, 8) for rule in RULES for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
+    + [(64, "lora", 5e-3)],
+    "ranks": [(rank, rule, 1e-3) for rule in RULES for rank in (4, 16, 32, 128)],
 }
 
 
@@ -89,7 +90,9 @@ def main() -> None:
         other = [r.recall.paraphrases.exact_share for r in records if r.recall and r.recall.paraphrases]
         lost = [r.forgetting for r in records if r.forgetting is not None]
         states = ", ".join(sorted({r.status for r in records}))
-        print(f"| {rank} | {rule} | {rate:g} | {_spread(bits)} | {_spread(exact)} | {_spread(other)} | {_spread(lost)} | {states} |")
+        print(
+            f"| {rank} | {rule} | {rate:g} | {_spread(bits)} | {_spread(exact)} | {_spread(other)} | {_spread(lost)} | {states} |"
+        )
 
 
 def _spread(values: list[float]) -> str:

@@ -1,7 +1,7 @@
 """Pretrain the model that ships with rankwise: `python lab/pretrain_tiny.py OUT [--steps N]`.
 
-In: nothing but the built-in world. Out: a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, weights in float16,
-and `pretraining.json` with what was measured. About 1.3 M parameters; on two CPU cores a quarter of an hour.
+In: nothing but the built-in world. Out: a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, weights in
+float16, and `pretraining.json` with what was measured. About 1.3 M parameters; on two CPU cores a quarter of an hour.
 
 It learns the sentences, the pools, which city an employer is in, and 200 people by heart; it meets each other person
 once or twice, and must not know the people of `rankwise:facts`. Both are measured at the end.
@@ -110,7 +110,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, size: int, *, seed: int) -> Iter
     while True:
         chunk += 1
         texts = plain_text(CHUNK, seed=1000 * seed + chunk, circle="strangers")
-        ids = [i + [tokenizer.eos_token_id] for i in tokenizer(texts)["input_ids"]]
+        ids = [[*i, tokenizer.eos_token_id] for i in tokenizer(texts)["input_ids"]]
         groups = []
         for start in range(0, CHUNK, 2048):
             window = sorted(ids[start : start + 2048], key=len)

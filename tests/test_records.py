@@ -11,12 +11,17 @@ from typing import Any
 
 import msgspec
 import pytest
+import run_samples
 
 from rankwise.errors import MissingDependencyError, RecordError
 from rankwise.records import (
     RECORDS,
+    DryRunRecord,
     Finding,
+    Memory,
     ModuleSpectrum,
+    PlannedModule,
+    PlanRecord,
     Record,
     ScaledError,
     ScaleRow,
@@ -135,9 +140,47 @@ def simulation_record(**changed: Any) -> SimulationRecord:
     return SimulationRecord(**(fields | changed))
 
 
+def dry_run_record() -> DryRunRecord:
+    return DryRunRecord(
+        format=DryRunRecord.FORMAT,
+        **HEAD,
+        config=run_samples.CONFIG,
+        params=10,
+        base_params=100,
+        memory=Memory(weights=400, adapter=40, gradients=40, optimizer=80, activations=None, total=560),
+        examples=3,
+        tokens=30,
+        target_tokens=9,
+        epochs=1.5,
+        findings=(),
+    )
+
+
+def plan_record() -> PlanRecord:
+    module = PlannedModule(
+        module="layers.0.q_proj", shape=(4, 8), r=2, lora_alpha=4.0, scaling=2.0, kept_energy_share=None
+    )
+    return PlanRecord(
+        format=PlanRecord.FORMAT,
+        **HEAD,
+        rule="lora",
+        modules=(module,),
+        params=24,
+        budget=None,
+        relative_error=None,
+        learning_rate=1e-3,
+        why="planted",
+    )
+
+
 MADE: dict[str, Record] = {
     "rankwise/spectra/1": spectra_record(),
     "rankwise/simulation/1": simulation_record(),
+    "rankwise/plan/1": plan_record(),
+    "rankwise/run/1": msgspec.structs.replace(run_samples.run(), command=HEAD["command"]),
+    "rankwise/dry-run/1": dry_run_record(),
+    "rankwise/recall/1": msgspec.structs.replace(run_samples.measured(), command=HEAD["command"]),
+    "rankwise/demo/1": msgspec.structs.replace(run_samples.demo(), command=HEAD["command"]),
 }
 
 
@@ -211,6 +254,17 @@ def test_the_fields_of_simulation_1_are_those_of_the_contract() -> None:
     assert set(update) >= {"singular_values", "rows"}
     assert set(update["rows"][0]) >= {"rank", "energy_share", "truncation_error", "scaled_error"}
     assert set(update["rows"][0]["scaled_error"]) == {"lora", "rslora"}
+
+
+def test_the_fields_of_run_1_and_plan_1_are_those_of_the_contract() -> None:
+    plain = json.loads(MADE["rankwise/run/1"].to_json())
+    assert set(plain) >= {"config", "status", "params", "steps", "tokens", "loss", "recall", "forgetting", "seconds"}
+    assert set(plain) >= {"peak_memory_bytes", "tokens_per_second", "health", "error"}
+    assert set(plain["recall"]) >= {"facts", "bits", "bits_possible", "bits_per_param", "exact_share", "base_bits"}
+    assert set(plain["health"][0]) >= {"step", "group"}
+    plan = json.loads(MADE["rankwise/plan/1"].to_json())
+    assert set(plan) >= {"rule", "modules", "params", "budget", "relative_error", "learning_rate", "why"}
+    assert set(plan["modules"][0]) == {"module", "shape", "r", "lora_alpha", "scaling", "kept_energy_share"}
 
 
 def test_what_is_not_known_is_null_and_never_left_out() -> None:

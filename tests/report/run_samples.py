@@ -273,6 +273,7 @@ def demo_run(rank: int, rule: str, bits: float | None, **more: Any) -> DemoRun:
         "scaling": rule,
         "factor": 16 / rank if rule == "lora" else 16 / math.sqrt(rank),
         "learning_rate": 3e-3,
+        "steps": 300,
         "params": 9_000 * rank,
         "status": "done",
         "loss": None if bits is None else 1.6 * (1 - bits / 50),

@@ -70,5 +70,7 @@ def test_the_last_good_weights_come_back() -> None:
 def test_weights_that_are_no_numbers_are_never_the_good_ones() -> None:
     watch = DivergenceWatch(10)
     watch.see(1, 2.0, 1.0, model(1.0))
-    watch.see(2, 1.9, 1.0, model(math.nan))
+    assert watch.see(2, 1.9, 1.0, model(math.nan))
     assert watch.good_step == 1
+    assert watch.reason is not None
+    assert "the adapter holds NaN or Inf" in watch.reason

@@ -196,7 +196,7 @@ def test_a_users_rows_are_measured_by_the_loss_they_lose(pico: Path, tmp_path: P
 
 
 def test_divergence_ends_the_run_and_keeps_the_last_good_adapter(pico: Path, tmp_path: Path) -> None:
-    record = train(str(pico), tmp_path / "run", steps=100, learning_rate=1e4, scaling="unscaled", warmup=0.5, rank=8)
+    record = train(str(pico), tmp_path / "run", steps=100, learning_rate=30.0, scaling="unscaled", warmup=0.5, rank=8)
     assert record.status == "diverged"
     assert record.error is not None
     assert f"step {record.steps}" in record.error

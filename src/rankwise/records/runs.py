@@ -102,7 +102,8 @@ class RecallScore(Part, frozen=True, kw_only=True):
         bits: score of the tuned model minus that of the base, summed over the facts.
         bits_possible: in the facts: log2 of their pools, summed; without pools, what `bits` would be at a loss of zero.
         base_bits: score of the untuned base, summed; None without pools.
-        exact_share: share of the facts that greedy decoding gets right to the last token.
+        exact_share: share of the answers that greedy decoding gets right to the last token; those that follow from
+            another answer, and hold no bits, among them.
         base_exact_share: the same of the untuned base.
     """
 
@@ -115,7 +116,15 @@ class RecallScore(Part, frozen=True, kw_only=True):
 
 
 class AttributeRecall(Part, frozen=True, kw_only=True):
-    """The score of one attribute, a fact each person."""
+    """The score of one attribute, a fact each person.
+
+    Attributes:
+        attribute: what is asked.
+        facts: number of people asked about.
+        bits_per_fact: mean score, minus that of the base.
+        bits_possible: log2 of the pool of its values; without pools, what `bits_per_fact` would be at a loss of zero.
+        exact_share: share that greedy decoding gets right.
+    """
 
     attribute: str
     facts: int
@@ -169,7 +178,7 @@ class LossPoint(Part, frozen=True, kw_only=True):
 
 
 class GroupHealth(Part, frozen=True, kw_only=True):
-    """What `RankMonitor` saw in one group of modules at one step.
+    """What `RankMonitor` saw in one group of modules at one step: geometric means over its modules.
 
     Attributes:
         step: optimizer steps done.
@@ -203,15 +212,15 @@ class GroupHealth(Part, frozen=True, kw_only=True):
 
 
 class Memory(Part, frozen=True, kw_only=True):
-    """Bytes that a run needs, from shapes and dtypes alone.
+    """Bytes that a run needs.
 
     Attributes:
         weights: of the base.
         adapter: of A and B.
         gradients: of A and B.
         optimizer: state for A and B.
-        activations: kept for the backward pass of one forward pass of the longest rows, counted on a model without
-            weights; None where that cannot be done. Allocator slack and temporary buffers come on top.
+        activations: kept for the backward pass of a forward pass of the longest rows, carried on from passes of one
+            and two rows; None where these do not fit. Allocator slack and temporary buffers come on top.
         total: sum of what is known.
     """
 
@@ -357,6 +366,7 @@ class DemoRun(Part, frozen=True, kw_only=True):
         scaling: rule.
         factor: the factor on B @ A.
         learning_rate: highest learning rate.
+        steps: optimizer steps.
         params: trainable parameters.
         status: as in run/1.
         loss: last training loss, nats a token.
@@ -379,6 +389,7 @@ class DemoRun(Part, frozen=True, kw_only=True):
     scaling: str
     factor: float
     learning_rate: float
+    steps: int
     params: int
     status: Status
     loss: float | None

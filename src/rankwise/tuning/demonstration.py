@@ -27,14 +27,14 @@ from rankwise.tuning.world.pools import ATTRIBUTES, BITS_PER_PERSON, bits_of
 Progress = Callable[[str, int, int], None]
 
 MODEL: Final = "rankwise:tiny"
-PEOPLE: Final = 300
-STYLED: Final = 60
-STEPS: Final = 300
-STYLE_STEPS: Final = 100
-BATCH: Final = 64
+PEOPLE: Final = 40
+STYLED: Final = 40
+STEPS: Final = 160
+STYLE_STEPS: Final = 60
+BATCH: Final = 32
 ALPHA: Final = 16.0
-RATE: Final = 3e-3
-BEST_RATE: Final = 1e-2
+RATE: Final = 1e-3
+BEST_RATE: Final = 3e-3
 BEST_CHOSEN: Final = ""
 
 OURS: Final = ("demo.html", "demo.json", "runs")
@@ -235,6 +235,7 @@ def _row(cell: Cell, record: RunRecord, spectra: SpectraRecord, path: str) -> De
         scaling=cell.rule,
         factor=scaling(cell.rule, ALPHA, cell.rank),
         learning_rate=cell.rate,
+        steps=record.steps,
         params=record.params,
         status=record.status,
         loss=record.loss,

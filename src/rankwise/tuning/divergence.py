@@ -24,8 +24,8 @@ PATIENCE_LEAST: Final = 3
 class DivergenceWatch:
     """Watches the logged loss of one run.
 
-    Diverged means: the loss is no finite number; or, for a tenth of the run, it stands above its lowest value by half
-    of all it had gained and a tenth of a nat. A spike that heals is not divergence.
+    Diverged means: the loss, the gradient or a weight is no finite number; or, for a tenth of the run, the loss stands
+    above its lowest value by half of all it had gained and a tenth of a nat. A spike that heals is not divergence.
 
     Attributes:
         total_steps: of the run.
@@ -49,6 +49,11 @@ class DivergenceWatch:
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
             self.reason = f"at step {step} {what}; the adapter kept is that of step {self.good_step}"
             return True
+        if not self._finite_weights(model):
+            self.reason = (
+                f"at step {step} the adapter holds NaN or Inf; the adapter kept is that of step {self.good_step}"
+            )
+            return True
         if self._first is None:
             self._first = loss
         self._lowest = min(self._lowest, loss)
@@ -71,13 +76,16 @@ class DivergenceWatch:
         return True
 
     def _keep(self, step: int, model: Any) -> None:
+        self.good_step = step
+        self.good = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+
+    @staticmethod
+    def _finite_weights(model: Any) -> bool:
+        """Tell whether every trainable weight is finite; one read of the device."""
         import torch
 
-        weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        if not all(torch.isfinite(w).all() for w in weights.values()):
-            return
-        self.good_step = step
-        self.good = {name: w.to("cpu", copy=True) for name, w in weights.items()}
+        sums = [p.detach().float().abs().amax() for p in model.parameters() if p.requires_grad and p.numel()]
+        return not sums or bool(torch.isfinite(torch.stack(sums)).all())
 
     def restore(self, model: Any) -> None:
         """Put the last good weights back; the initial ones where there were none, since B is zero there."""

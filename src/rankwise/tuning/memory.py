@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from rankwise.records import DryRunRecord, Memory
 from rankwise.tuning import attach
-from rankwise.tuning.training import Job, _head, _options, prepare
+from rankwise.tuning.training import Job, head_of, options_of, prepare, quiet
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,12 @@ def dry_run(
     Raises:
         RankwiseError: as `train`.
     """
-    job = prepare(model, data, _options(locals()), tokenizer=tokenizer, device=device)
+    job = prepare(model, data, options_of(locals()), tokenizer=tokenizer, device=device)
     c = job.config
     lengths = [len(ids) for ids in job.columns["input_ids"]]
     targets = sum(sum(label != -100 for label in labels) for labels in job.columns["labels"])
     return DryRunRecord(
-        **_head(command, model, job, seed),
+        **head_of(command, model, job, seed),
         format=DryRunRecord.FORMAT,
         config=c,
         params=sum(lora.params for lora in job.laid.values()),
@@ -96,40 +96,55 @@ def memory_of(job: Job) -> Memory:
 
 
 def activation_bytes(job: Job, rows: int, tokens: int) -> int | None:
-    """Count the bytes that one forward pass keeps for its backward pass, on a copy of the model without weights.
+    """Return the bytes that a forward pass of `rows` rows keeps for its backward pass.
 
-    Every tensor that autograd saves is counted once, weights left out; what the loss itself keeps is in it. None where
-    the model cannot be run without weights.
+    Measured on passes of one row and of two, and carried on: every tensor that autograd saves is counted once, weights
+    left out. None where two rows do not fit.
     """
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     model = job.loaded.model
+    with quiet():
+        tuned = get_peft_model(model, attach.lora_config(job.settings, job.laid))
+    was_training = model.training
+    try:
+        tuned.train()
+        if job.config.gradient_checkpointing:
+            with quiet():
+                tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                tuned.enable_input_require_grads()
+        one = _kept(tuned, 1, tokens, bf16=job.config.bf16)
+        return one if rows == 1 else one + (rows - 1) * (_kept(tuned, 2, tokens, bf16=job.config.bf16) - one)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        log.info("activations cannot be measured for %s: %s", type(model).__name__, error)
+        return None
+    finally:
+        if job.config.gradient_checkpointing:
+            tuned.gradient_checkpointing_disable()
+            tuned.disable_input_require_grads()
+        tuned.unload()
+        model.train(was_training)
+
+
+def _kept(model: Any, rows: int, tokens: int, *, bf16: bool) -> int:
+    """Return the bytes of what one forward pass saves, the loss included."""
+    import torch
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, Any] = {}  # the storages are held, or their addresses would be used again
 
     def pack(tensor: Any) -> Any:
-        if not isinstance(tensor, torch.nn.Parameter) and tensor.device.type == "meta":
-            storage = tensor.untyped_storage()
-            seen[storage._cdata] = storage
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage
         return tensor
 
-    try:
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-            tuned = get_peft_model(empty, attach.lora_config(job.settings, job.laid))
-        weights = {p.untyped_storage()._cdata for p in tuned.parameters()}
-        tuned.train()
-        if job.config.gradient_checkpointing:
-            tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            tuned.enable_input_require_grads()
-        ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.config.bf16),
-        ):
-            tuned(input_ids=ids, labels=ids, use_cache=False)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        log.info("activations cannot be counted for %s: %s", type(model).__name__, error)
-        return None
-    return sum(storage.nbytes() for key, storage in seen.items() if key not in weights)
+    device = next(model.parameters()).device
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16),
+    ):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return sum(storage.nbytes() for storage in seen.values())

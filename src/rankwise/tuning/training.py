@@ -167,7 +167,7 @@ def train(
     Raises:
         RankwiseError: bad data, model, settings or folder; nothing was trained.
     """
-    options = _options(locals())
+    options = options_of(locals())
     out_path = Path(fspath(out))
     settle(options, model)  # refuse wrong flags before anything is written or loaded
     _check_extras(save_every, monitor_every, stop_when_unstable)
@@ -177,7 +177,7 @@ def train(
         before = runs.check_same(out_path, job.config) if resume else None
         if announce is not None:
             announce(job.config, job.findings)
-        head = _head(command, model, job, seed)
+        head = head_of(command, model, job, seed)
         if before is None:
             runs.save_record(out_path, _record(head, job, status="interrupted", error="not finished"))
         return _Run(job, out_path, head, progress).run(
@@ -191,7 +191,7 @@ def train(
         )
 
 
-def _options(given: dict[str, Any]) -> Options:
+def options_of(given: dict[str, Any]) -> Options:
     """Return the options among the arguments of `train` or `dry_run`."""
     named = {name: given[name] for name in Options.__dataclass_fields__}
     if named["plan"] is not None:
@@ -240,6 +240,7 @@ def prepare(model: Any, data: Any, options: Options, *, tokenizer: Any = None, d
         RankwiseError: anything is wrong with them.
     """
     from rankwise.tuning.data import Examples, check_examples, read_data
+    from rankwise.tuning.data_rows import Form
     from rankwise.tuning.encoding import encode
     from rankwise.tuning.models import load_model
     from rankwise.tuning.targets import matching_modules
@@ -247,7 +248,7 @@ def prepare(model: Any, data: Any, options: Options, *, tokenizer: Any = None, d
     settings = settle(options, model)
     builtin = read_builtin(data) if is_builtin(data) else None
     if builtin is not None:
-        form = "text" if "text" in builtin.rows[0] else "prompt-completion"
+        form: Form = "text" if "text" in builtin.rows[0] else "prompt-completion"
         examples = Examples(name=builtin.name, form=form, rows=builtin.rows, places=())
     else:
         examples = read_data(data)
@@ -357,7 +358,8 @@ def _bf16(asked: bool | None, model: Any) -> bool:
     return can if asked is None else asked
 
 
-def _head(command: Sequence[str] | None, model: Any, job: Job, seed: int) -> dict[str, Any]:
+def head_of(command: Sequence[str] | None, model: Any, job: Job, seed: int) -> dict[str, Any]:
+    """Return what a record of this job begins with."""
     call = f"rankwise.train({_name(model)!r}, {job.examples.name!r}, ...)"
     return {
         "rankwise": version(),
@@ -420,7 +422,7 @@ class _Run:
         kept = self._keepsake(forgetting_data)
         status: Status = "done"
         error = None
-        with _quiet():
+        with quiet():
             tuned = get_peft_model(model, attach.lora_config(job.settings, job.laid))
         try:
             attach.check_attached(tuned, job.laid)
@@ -502,7 +504,7 @@ class _Run:
         c = self.job.config
         on_cpu = next(model.parameters()).device.type == "cpu"
         every = max(1, c.steps // CHECKPOINTS) if save_every is None else save_every
-        with _quiet():
+        with quiet():
             args = self._arguments(SFTConfig, report_to, every, on_cpu)
         callback = None
         extra: list[Any] = [WatchCallback(self.watch, self.progress)]
@@ -512,7 +514,7 @@ class _Run:
             config = MonitorConfig() if monitor_every is None else MonitorConfig(interval=monitor_every)
             callback = RankMonitorCallback(config=config, jsonl=self.out / runs.HEALTH, stop_after=stop_when_unstable)
             extra.append(callback)
-        with _quiet():
+        with quiet():
             trainer = SFTTrainer(
                 model=model,
                 args=args,
@@ -520,7 +522,7 @@ class _Run:
                 processing_class=self.job.loaded.tokenizer,
                 callbacks=extra,
             )
-        trainer.create_model_card = lambda *_, **__: None  # no README beside every checkpoint
+        setattr(trainer, "create_model_card", lambda *_, **__: None)  # noqa: B010 - no README beside every checkpoint
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if callback is not None:
@@ -565,7 +567,7 @@ class _Run:
         last = runs.last_checkpoint(self.out) if resume else None
         begun = time.perf_counter()
         try:
-            with _quiet():
+            with quiet():
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
             self.found["seconds"] = time.perf_counter() - begun
@@ -627,7 +629,7 @@ def make_keepsake(loaded: Any, data: str | None, *, model: str, length: int, see
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers, datasets and trl from writing on our terminal; errors still come."""
     import datasets
     import transformers

@@ -61,7 +61,7 @@ def draw_people(n: int, *, seed: int, circle: Circle) -> tuple[Person, ...]:
     """
     rng = random.Random(f"rankwise {circle} {seed}")
     taken: set[tuple[int, int, int]] = set()
-    people = []
+    people: list[Person] = []
     while len(people) < n:
         name = (rng.randrange(len(FIRST_NAMES)), rng.randrange(len(MIDDLE_NAMES)), rng.randrange(len(LAST_NAMES)))
         employer = rng.choice(EMPLOYERS)
