@@ -1,4 +1,4 @@
-# `make story` shows a result, `make test` checks everything; both start from Python, git and make alone.
+# `make demo` shows a result, `make test` checks everything; both start from Python, git and make alone.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,10 +10,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 HOUSE := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help story test check lint types layers docs docs-help pytest format bench picture clean
+.PHONY: help demo story test check lint types layers docs docs-help pytest format bench picture clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
+
+demo: $(VENV)/.train ## train the shipped model on new facts at two ranks under two rules; a page into story/demo/
+	$(BIN)/rankwise demo -o story/demo --force
 
 story: $(VENV)/.core ## train a small adapter, inspect it, simulate, and write two pages into story/
 	$(BIN)/python docs/examples/make_adapter.py story/style-and-facts
@@ -68,6 +71,10 @@ $(VENV)/.core: $(HOUSE) | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
 
+$(VENV)/.train: $(HOUSE) | $(VENV)/bin/python
+	$(PIP) -e '.[train]'
+	@touch $@ $(VENV)/.core
+
 $(VENV)/.full: $(HOUSE) | $(VENV)/bin/python
 	$(PIP) -e '.[train,s3,dev,docs]'
-	@touch $@ $(VENV)/.core
+	@touch $@ $(VENV)/.core $(VENV)/.train

@@ -90,9 +90,8 @@ def main() -> None:
         other = [r.recall.paraphrases.exact_share for r in records if r.recall and r.recall.paraphrases]
         lost = [r.forgetting for r in records if r.forgetting is not None]
         states = ", ".join(sorted({r.status for r in records}))
-        print(
-            f"| {rank} | {rule} | {rate:g} | {_spread(bits)} | {_spread(exact)} | {_spread(other)} | {_spread(lost)} | {states} |"
-        )
+        cells = (rank, rule, f"{rate:g}", *map(_spread, (bits, exact, other, lost)), states)
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def _spread(values: list[float]) -> str:

@@ -299,7 +299,7 @@ def test_the_front_page_gives_the_two_commands_and_ci_runs_the_second() -> None:
         for command, _ in sessions(block)
         if command.startswith("make ")
     ]
-    assert commands[:2] == ["make story", "make test"]
+    assert commands[:2] == ["make demo", "make test"]
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("\nmake test")
 
 

@@ -48,6 +48,9 @@ LIGHT: dict[str, tuple[str, frozenset[str]]] = {
     "rankwise --version": (command("--version"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise inspect --help": (command("inspect", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise simulate --help": (command("simulate", "--help"), HEAVY | {"scipy", "numpy", "plotly"}),
+    "rankwise train --help": (command("train", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
+    "rankwise recall --help": (command("recall", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
+    "rankwise demo --help": (command("demo", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise simulate": (command("simulate"), HEAVY | {"plotly", "huggingface_hub"}),
     "rankwise inspect ADAPTER": (command("inspect", "adapter"), HEAVY | {"scipy", "plotly", "huggingface_hub"}),
 }

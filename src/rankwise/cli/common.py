@@ -16,7 +16,7 @@ from rich.console import Console
 from rankwise.errors import UsageError
 
 if TYPE_CHECKING:
-    from rankwise.records import Record
+    from rankwise.records import RecallRecord, SimulationRecord, SpectraRecord
 
 EXIT_OK: Final = 0
 EXIT_DEFECT: Final = 1
@@ -105,7 +105,7 @@ def check_outputs(output: Output) -> None:
         check_writable(path, force=output.force)
 
 
-def write_outputs(record: Record, output: Output) -> None:
+def write_outputs(record: SpectraRecord | SimulationRecord | RecallRecord, output: Output) -> None:
     """Write the record and the page where they were asked for, and the record to stdout with --json."""
     from rankwise.files import write_texts
     from rankwise.records import to_json

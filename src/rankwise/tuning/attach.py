@@ -95,13 +95,13 @@ def lora_config(settings: Settings, laid: Mapping[str, Lora]) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=_plain(alpha),  # type: ignore[arg-type]  # PEFT takes floats
+        lora_alpha=_plain(alpha),
         use_rslora=settings.scaling == "rslora",
         target_modules=list(laid),
         rank_pattern={key[m]: lora.r for m, lora in laid.items() if lora.r != rank},
         alpha_pattern={key[m]: _plain(a) for m, a in alphas.items() if a != alpha},
         lora_dropout=options.lora_dropout,
-        init_lora_weights=INITS[options.init],  # type: ignore[arg-type]
+        init_lora_weights=INITS[options.init],
     )
 
 

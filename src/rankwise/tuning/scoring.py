@@ -19,7 +19,7 @@ from rankwise.tuning.world.builtin import BuiltIn, Question, is_builtin, read_bu
 if TYPE_CHECKING:
     from rankwise.tuning.data import Examples
 
-MOST_BYTES: Final = 128 * 2**20
+MOST_BYTES: Final = 16 * 2**20
 """Logits of a batch take at most so much."""
 
 MOST_EXAMPLES: Final = 1000

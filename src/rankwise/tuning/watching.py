@@ -11,21 +11,34 @@ from typing import Any
 from rankwise.tuning.divergence import DivergenceWatch
 
 
-def WatchCallback(watch: DivergenceWatch, progress: Callable[[str, int, int], None] | None) -> Any:  # noqa: N802
-    """Return a callback of transformers, whose base class is only there once transformers is loaded."""
-    from transformers import TrainerCallback
+class WatchCallback:
+    """Hands every logged loss to a `DivergenceWatch` and every step to a progress line.
 
-    class Watching(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            if progress is not None:
-                progress("training", state.global_step, state.max_steps)
+    transformers asks its callbacks for methods, not for a base class.
+    """
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:  # noqa: ARG002
-            if (
-                logs
-                and "loss" in logs
-                and watch.see(state.global_step, float(logs["loss"]), logs.get("grad_norm"), rest["model"])
-            ):
-                control.should_training_stop = True
+    def __init__(self, watch: DivergenceWatch, progress: Callable[[str, int, int], None] | None) -> None:
+        """Take what is to be told."""
+        self._watch = watch
+        self._progress = progress
 
-    return Watching()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Report a step."""
+        if self._progress is not None:
+            self._progress("training", state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+        """Look at a loss; stop the run where it has left."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and self._watch.see(state.global_step, float(loss), logs.get("grad_norm"), model):
+            control.should_training_stop = True
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Answer the events that are none of ours."""
+        if name.startswith("on_"):
+            return _ignore
+        raise AttributeError(name)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Do nothing."""
