@@ -52,7 +52,7 @@ def world_words() -> list[str]:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Build a unigram tokenizer: one token a word of the world, characters and bytes for everything else."""
     pieces = [(token, 0.0) for token in SPECIAL]
-    pieces += [(f"<0x{byte:02X}>", -40.0) for byte in range(256)]
+    pieces += [(f"<0x{byte:02X}>", -200.0) for byte in range(256)]  # below their own spelling, character by character
     pieces += [("▁" + word, -5.0) for word in world_words()]
     taken = {piece for piece, _ in pieces}
     pieces += [(chr(c), -20.0) for c in range(33, 127) if chr(c) not in taken]

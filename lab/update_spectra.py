@@ -1,4 +1,4 @@
-"""Spectra of full fine-tuning updates on style and on facts: `python lab/update_spectra.py OUT.json [--seeds 0 1 2]`.
+"""Spectra of full fine-tuning updates on style and on facts: `python lab/update_spectra.py OUT.json [--people N]`.
 
 In: the shipped model and world. Out: a JSON of what each run's update looked like along the way, and a table on stdout
 that compares the two at equal steps and at equal norm.
@@ -26,7 +26,7 @@ from rankwise.tuning.models import load_model
 from rankwise.tuning.targets import target_modules
 from rankwise.tuning.world.builtin import read_builtin
 
-BATCH, STEPS, PEOPLE, RATE, EVERY = 32, 160, 40, 1e-3, 10
+BATCH, RATE, EVERY = 32, 1e-3, 10
 
 
 def measured(model: torch.nn.Module, base: dict[str, np.ndarray]) -> dict[str, float]:
@@ -42,13 +42,13 @@ def measured(model: torch.nn.Module, base: dict[str, np.ndarray]) -> dict[str, f
     return {"norm": statistics.fmean(norms), "top8": statistics.fmean(tops), "effective_rank": statistics.fmean(wide)}
 
 
-def run(kind: str, seed: int) -> list[dict[str, float]]:
+def run(kind: str, seed: int, people: int, steps: int) -> list[dict[str, float]]:
     """Fine-tune everything on one data set; return what was measured along the way."""
     loaded = load_model("rankwise:tiny", device="cpu")
     model = loaded.model.train()
     names = target_modules(model)
     base = {name: model.get_submodule(name).weight.detach().double().numpy().copy() for name in names}
-    data = read_builtin(f"rankwise:{kind}?n={PEOPLE}&seed={100 + seed}")
+    data = read_builtin(f"rankwise:{kind}?n={people}&seed={100 + seed}")
     examples = Examples(name=data.name, form="prompt-completion", rows=data.rows, places=())
     columns = encode(examples, loaded.tokenizer, 256)
     rows = list(zip(columns["input_ids"], columns["labels"], strict=True))
@@ -58,7 +58,7 @@ def run(kind: str, seed: int) -> list[dict[str, float]]:
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     rng = random.Random(seed)
     points, order = [], []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, step / 10)
         if len(order) < BATCH:
             order = rng.sample(range(len(rows)), len(rows))
@@ -93,8 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--people", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=160)
     args = parser.parse_args()
-    found = {kind: {str(seed): run(kind, seed) for seed in args.seeds} for kind in ("style", "facts")}
+    found = {
+        kind: {str(seed): run(kind, seed, args.people, args.steps) for seed in args.seeds}
+        for kind in ("style", "facts")
+    }
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     print("\n| compared at | data | steps | relative norm | energy in the top 8 | effective rank | loss |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

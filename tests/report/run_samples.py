@@ -51,6 +51,7 @@ def recall(share: float = 0.84) -> Recall:
     return Recall(
         kind="pools",
         people=PEOPLE,
+        asked_share=1.0,
         bits_per_param=training.bits / 600_000 if training.bits else None,
         paraphrases=_score(0.9 * share * BITS, 0.85 * share),
         held_out=_score(-0.2, 0.006, 100),
@@ -112,6 +113,7 @@ def health(steps: tuple[int, ...] = (10, 50, 100, 200, 300, 400, 500), starved: 
 CONFIG = RunConfig(
     model="rankwise:tiny",
     data="rankwise:facts?n=1000&seed=1",
+    data_digest="0123456789abcdef",
     preset=None,
     rank=64,
     lora_alpha=16.0,
@@ -171,7 +173,9 @@ def diverged(**more: Any) -> RunRecord:
         "status": "diverged",
         "steps": 200,
         "loss": None,
-        "recall": replace(recall(0.1), bits=None, paraphrases=None, held_out=None, bits_per_param=None),
+        "recall": replace(
+            recall(0.1), bits=None, paraphrases=None, held_out=None, asked_share=1.0, bits_per_param=None
+        ),
         "forgetting": None,
         "forgetting_detail": Forgetting(data="sampled from the base", tokens=512, base_loss=1.4, tuned_loss=None),
         "tokens_per_second": None,
@@ -211,7 +215,14 @@ def interrupted() -> RunRecord:
         "bits_possible": 5e4,
     }
     told_more = Recall(
-        kind="loss", people=None, bits_per_param=0.07, paraphrases=told, held_out=None, by_attribute=(), **training
+        kind="loss",
+        people=None,
+        asked_share=1.0,
+        bits_per_param=0.07,
+        paraphrases=told,
+        held_out=None,
+        by_attribute=(),
+        **training,
     )
     return run(
         status="interrupted", steps=40, recall=told_more, losses=losses(8), health=health((10,)), forgetting=-0.001
@@ -247,6 +258,7 @@ def measured_nothing() -> RecallRecord:
         bits_possible=None,
         base_bits=None,
         base_exact_share=None,
+        asked_share=1.0,
         bits_per_param=None,
         paraphrases=None,
         held_out=None,

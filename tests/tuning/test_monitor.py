@@ -604,7 +604,7 @@ JUDGED: dict[str, tuple[int, dict[str, float | None], LossSeen | None, str, str]
     "starved": (100, {"branch_ratio": 0.004}, None, "starved", "after 100 steps .* at 0.004 of the frozen"),
     "starved at a hard zero": (100, {"branch_ratio": 0.0}, None, "starved", "at 0 of the frozen"),
     "still warming up": (99, {"branch_ratio": 0.004}, None, "ok", ""),
-    "at the bound of starving": (100, {"branch_ratio": 0.02}, None, "ok", ""),
+    "at the bound of starving": (100, {"branch_ratio": 0.08}, None, "ok", ""),
     "loss risen": (500, {"branch_ratio": 0.1}, RISEN, "unstable", "rose to 3.1: it began at 3 and was down at 0.5"),
     "loss risen, and starved": (500, {"branch_ratio": 0.0}, RISEN, "unstable", "loss"),
     "loss back where it began": (500, {}, NO_LOSS.then(3.0).then(0.5).then(3.0), "ok", ""),

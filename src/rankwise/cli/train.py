@@ -154,6 +154,9 @@ def train(
         settings["target_modules"] = words[0] if len(words) == 1 and _one(words[0]) else words
     if dry_run:
         from rankwise.tuning.memory import dry_run as plan_run
+        from rankwise.tuning.training import check_extras
+
+        check_extras(watch.save_every, watch.monitor_every, watch.stop_when_unstable)
 
         planned = plan_run(model, data, **settings, command=argv())
         sys.stdout.write(to_json(planned)) if json else show_dry_run(planned)
@@ -161,6 +164,10 @@ def train(
     if out is None:
         raise UsageError("train needs a folder for the run: -o RUN (or --dry-run, which writes nothing)")
     if report is not None:
+        if report.resolve().is_relative_to(out.resolve()):
+            raise UsageError(
+                f"--report {report} lies in the folder of the run; put the page beside it"
+            )
         check_writable(report, force=force)
     from rankwise.tuning.training import train as run
 

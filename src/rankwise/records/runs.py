@@ -40,6 +40,7 @@ class RunConfig(Part, frozen=True, kw_only=True):
     Attributes:
         model: MODEL as given.
         data: DATA as given; built-in names with all their parameters.
+        data_digest: SHA-256 of the token ids and labels, its first 16 digits.
         preset: name of the preset, or None.
         rank: r of the modules without a rank of their own.
         lora_alpha: alpha of the same.
@@ -66,6 +67,7 @@ class RunConfig(Part, frozen=True, kw_only=True):
 
     model: str
     data: str
+    data_digest: str
     preset: str | None
     rank: int
     lora_alpha: float
@@ -99,11 +101,11 @@ class RecallScore(Part, frozen=True, kw_only=True):
 
     Attributes:
         facts: number of facts asked.
-        bits: score of the tuned model minus that of the base, summed over the facts.
+        bits: score of the tuned model minus that of the base, summed over the facts. With pools a rise up
+            to 0 counts for nothing: learning the form, and with it the pools, is not recall.
         bits_possible: in the facts: log2 of their pools, summed; without pools, what `bits` would be at a loss of zero.
         base_bits: score of the untuned base, summed; None without pools.
-        exact_share: share of the answers that greedy decoding gets right to the last token; those that follow from
-            another answer, and hold no bits, among them.
+        exact_share: share of the facts that greedy decoding gets right to the last token.
         base_exact_share: the same of the untuned base.
     """
 
@@ -121,7 +123,7 @@ class AttributeRecall(Part, frozen=True, kw_only=True):
     Attributes:
         attribute: what is asked.
         facts: number of people asked about.
-        bits_per_fact: mean score, minus that of the base.
+        bits_per_fact: mean score, minus that of the base; None where the answer follows from another.
         bits_possible: log2 of the pool of its values; without pools, what `bits_per_fact` would be at a loss of zero.
         exact_share: share that greedy decoding gets right.
     """
@@ -139,7 +141,8 @@ class Recall(RecallScore, frozen=True, kw_only=True):
     Attributes:
         kind: "pools" where the pool of every value is known, else "loss".
         people: number of people the facts are about, or None.
-        bits_per_param: bits / trainable parameters.
+        asked_share: share of the facts in the data that were asked; below 1 an even sample was.
+        bits_per_param: bits / trainable parameters, carried on from those asked to all.
         paraphrases: the same facts asked in words held out of training.
         held_out: facts that are in no training data: what was learnt about the form alone.
         by_attribute: the score by attribute.
@@ -147,6 +150,7 @@ class Recall(RecallScore, frozen=True, kw_only=True):
 
     kind: Literal["pools", "loss"]
     people: int | None
+    asked_share: float
     bits_per_param: float | None
     paraphrases: RecallScore | None
     held_out: RecallScore | None

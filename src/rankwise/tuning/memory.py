@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from rankwise.records import DryRunRecord, Memory
 from rankwise.tuning import attach
-from rankwise.tuning.training import Job, head_of, options_of, prepare, quiet
+from rankwise.tuning.training import Job, borrowed, head_of, options_of, prepare, quiet
 
 log = logging.getLogger(__name__)
 
@@ -104,27 +104,19 @@ def activation_bytes(job: Job, rows: int, tokens: int) -> int | None:
     import torch
     from peft import get_peft_model
 
-    model = job.loaded.model
-    with quiet():
-        tuned = get_peft_model(model, attach.lora_config(job.settings, job.laid))
-    was_training = model.training
-    try:
-        tuned.train()
-        if job.config.gradient_checkpointing:
+    with borrowed(job.loaded.model) as model:
+        try:
             with quiet():
-                tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                tuned.enable_input_require_grads()
-        one = _kept(tuned, 1, tokens, bf16=job.config.bf16)
-        return one if rows == 1 else one + (rows - 1) * (_kept(tuned, 2, tokens, bf16=job.config.bf16) - one)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        log.info("activations cannot be measured for %s: %s", type(model).__name__, error)
-        return None
-    finally:
-        if job.config.gradient_checkpointing:
-            tuned.gradient_checkpointing_disable()
-            tuned.disable_input_require_grads()
-        tuned.unload()
-        model.train(was_training)
+                tuned = get_peft_model(model, attach.lora_config(job.settings, job.laid))
+                tuned.train()
+                if job.config.gradient_checkpointing:
+                    tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                    tuned.enable_input_require_grads()
+            one = _kept(tuned, 1, tokens, bf16=job.config.bf16)
+            return one if rows == 1 else one + (rows - 1) * (_kept(tuned, 2, tokens, bf16=job.config.bf16) - one)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            log.info("activations cannot be measured for %s: %s", type(model).__name__, error)
+            return None
 
 
 def _kept(model: Any, rows: int, tokens: int, *, bf16: bool) -> int:

@@ -67,7 +67,14 @@ class Loaded:
     context: int | None
 
 
-def load_model(model: object, *, dtype: object = None, device: str | None = None, tokenizer: object = None) -> Loaded:
+def load_model(
+    model: object,
+    *,
+    dtype: object = None,
+    device: str | None = None,
+    tokenizer: object = None,
+    adapted: bool = False,
+) -> Loaded:
     """Load a causal language model and its tokenizer.
 
     Args:
@@ -77,6 +84,7 @@ def load_model(model: object, *, dtype: object = None, device: str | None = None
             config says so.
         device: None means cuda where there is one, else cpu.
         tokenizer: a folder, hub id or live tokenizer in place of the one beside the model.
+        adapted: whether a live model may carry an adapter.
 
     Raises:
         RankwiseError: there is no such model, it is no causal language model, it brings code, its weights are not
@@ -89,7 +97,7 @@ def load_model(model: object, *, dtype: object = None, device: str | None = None
         if not isinstance(model, str | os.PathLike):
             if dtype is not None and wanted != getattr(model, "dtype", None):
                 raise UsageError("dtype is for models that are loaded; convert a live one yourself: model.to(dtype)")
-            return _live(model, checked_device(device) if device is not None else None, tokenizer)
+            return _live(model, checked_device(device) if device is not None else None, tokenizer, adapted)
         place = place_of(os.fsdecode(model))
         raw, config = _config(place)
         beside = _tokenizer(place if tokenizer is None else tokenizer)
@@ -365,11 +373,11 @@ def _names(folder: Path) -> list[str]:
         raise os_error(error, printable(str(folder))) from error
 
 
-def _live(model: Any, device: str | None, tokenizer: object) -> Loaded:
+def _live(model: Any, device: str | None, tokenizer: object, adapted: bool) -> Loaded:
     transformers = needed("transformers", "adapting a model")
     auto = needed("transformers.models.auto.modeling_auto", "adapting a model")
     kind = type(model).__name__
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") and not adapted:
         raise WrongKindError(
             f"the {kind} carries an adapter already; wanted the base alone. Merge it (model.merge_and_unload()) or "
             "take it off (model.unload())."

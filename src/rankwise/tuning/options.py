@@ -119,6 +119,8 @@ def settle(options: Options, model: object) -> Settings:
         RecordError: the plan cannot be read.
     """
     _check_numbers(options)
+    if options.target_modules is not None and not any(options.target_modules):
+        raise UsageError("--target-modules is empty; name layers, or write all-linear, or leave it out")
     preset = PRESETS[_known("--preset", options.preset or DEFAULT_PRESET, tuple(PRESETS))]
     planned = None if options.plan is None else read_record(Path(options.plan), PlanRecord)
     if planned is not None and (options.rank is not None or options.lora_alpha is not None or options.target_modules):

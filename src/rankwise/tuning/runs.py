@@ -5,7 +5,8 @@ In: a path. Out: an adapter folder with `run.json`, written so that a kill at an
     RUN/adapter_config.json, adapter_model.safetensors   the adapter, at the end
     RUN/run.json                                         run/1; "interrupted" from the first step until the end
     RUN/health.jsonl                                     what the monitor saw, module by module
-    RUN/checkpoints/                                     to resume from; gone at the end
+    RUN/checkpoint-N/                                    to resume from; gone at the end
+    RUN/runs/                                            what TensorBoard reads, where it is a reporter
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ from typing import Any, Final
 
 import msgspec
 
-from rankwise.errors import OutputError, OutputExistsError, RecordError, UsageError
+from rankwise.errors import OutputError, OutputExistsError, UsageError
 from rankwise.files import write_text
 from rankwise.records import RunConfig, RunRecord, read_record, to_json
 
 RECORD: Final = "run.json"
 HEALTH: Final = "health.jsonl"
-CHECKPOINTS: Final = "checkpoints"
+LOGS: Final = "runs"
 ADAPTER: Final = ("adapter_model.safetensors", "adapter_config.json")
 """In the order in which they are put in place: a folder without its config is no adapter."""
 
-OURS: Final = (RECORD, HEALTH, CHECKPOINTS, *ADAPTER)
+
+def _ours(name: str) -> bool:
+    """Tell whether an entry of a run's folder was put there by a run."""
+    return name in (RECORD, HEALTH, LOGS, *ADAPTER) or name.startswith(("checkpoint-", ".adapter."))
 
 
-def open_run(out: Path, *, force: bool, resume: bool) -> None:
-    """Make the folder of a run, before any work is done for it.
+def check_run(out: Path, *, force: bool, resume: bool) -> None:
+    """Refuse a folder that cannot be the run's, before any work is done for it. Nothing is changed.
 
     Raises:
         OutputExistsError: the folder holds something, and neither `force` nor `resume` is set.
@@ -51,23 +55,37 @@ def open_run(out: Path, *, force: bool, resume: bool) -> None:
         if out.is_dir() and any(out.iterdir()):
             if not force:
                 raise OutputExistsError(str(out))
-            strangers = sorted(p.name for p in out.iterdir() if p.name not in OURS)
+            strangers = sorted(p.name for p in out.iterdir() if not _ours(p.name))
             if strangers:
                 raise OutputError(
                     f"{out} holds more than a run ({', '.join(strangers[:3])}); --force replaces a run and deletes "
                     "nothing else. Choose another folder. Nothing was written."
                 )
-            for name in reversed(OURS):  # the adapter's config first: from then on it is no adapter
-                path = out / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
+        there = next(p for p in (out, *out.resolve().parents) if p.exists())
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
-    if not os.access(out, os.W_OK):
-        raise OutputError(f"{out} cannot be written: no permission.")
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        raise OutputError(f"{out} cannot be written: no permission to write into {there}.")
 
 
-def check_same(out: Path, config: RunConfig) -> RunRecord:
+def begin_run(out: Path, record: RunRecord) -> None:
+    """Make the folder, take away what an earlier run left, and write the first record: all input has been checked.
+
+    Raises:
+        OutputError: it cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ADAPTER[-1]).unlink(missing_ok=True)  # from now on it is no adapter
+        for path in sorted(out.iterdir()):
+            if _ours(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
+    save_record(out, record)
+
+
+def check_same(out: Path, config: RunConfig, seed: int) -> RunRecord:
     """Return the record of a run that is to be resumed; refuse another config or a run that is over.
 
     Raises:
@@ -77,8 +95,9 @@ def check_same(out: Path, config: RunConfig) -> RunRecord:
     before = read_record(out / RECORD, RunRecord)
     if before.status in ("done", "diverged"):
         raise UsageError(f"{out}: this run is over ({before.status}); there is nothing to resume")
-    for name in RunConfig.__struct_fields__:
-        was, now = getattr(before.config, name), getattr(config, name)
+    pairs = [("seed", before.seed, seed)]
+    pairs += [(name, getattr(before.config, name), getattr(config, name)) for name in RunConfig.__struct_fields__]
+    for name, was, now in pairs:
         if was != now:
             raise UsageError(
                 f"{out} was started with {name.replace('_', ' ')} {_short(was)}, not {_short(now)}; a run is resumed "
@@ -97,9 +116,8 @@ def last_checkpoint(out: Path) -> Path | None:
 
     transformers writes `trainer_state.json` last; a kill before that leaves a folder without it, or with a part of it.
     """
-    folder = out / CHECKPOINTS
     found = []
-    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+    for path in out.glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             state = json.loads((path / "trainer_state.json").read_bytes())
             found.append((int(state["global_step"]), path))
@@ -134,11 +152,5 @@ def save_adapter(out: Path, model: Any) -> None:
 
 def clean(out: Path) -> None:
     """Remove what was only there to resume from."""
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-
-
-def read_status(out: Path) -> str | None:
-    """Return the status of the run in a folder, or None where there is no record."""
-    with contextlib.suppress(RecordError):
-        return read_record(out / RECORD, RunRecord).status
-    return None
+    for path in out.glob("checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -73,11 +73,13 @@ class Quiz:
         kind: "pools" where the pool of every value is known.
         splits: "training", and for built-in data "paraphrases" and "held out".
         people: number of people asked about, or None.
+        share: share of the facts in the data that are asked.
     """
 
     kind: Literal["pools", "loss"]
     splits: dict[str, tuple[Item, ...]]
     people: int | None
+    share: float = 1.0
 
 
 def items_of(questions: Sequence[Question], tokenizer: Any) -> tuple[Item, ...]:
@@ -105,7 +107,7 @@ def quiz_of(builtin: BuiltIn, tokenizer: Any) -> Quiz:
     splits = {name: items_of(questions, tokenizer) for name, questions in builtin.questions.items()}
     pools = all(item.bits is not None for items in splits.values() for item in items)
     people = {item.person for item in splits.get("training", ())}
-    return Quiz("pools" if pools else "loss", splits, len(people))
+    return Quiz("pools" if pools else "loss", splits, len(people), len(people) / builtin.people)
 
 
 def quiz_of_examples(examples: Examples, tokenizer: Any, max_length: int, *, seed: int) -> Quiz:
@@ -130,7 +132,7 @@ def quiz_of_examples(examples: Examples, tokenizer: Any, max_length: int, *, see
         ids = ids[:max_length]
         if start < len(ids):
             items.append(Item(tuple(ids), start))
-    return Quiz("loss", {"training": tuple(items)}, None)
+    return Quiz("loss", {"training": tuple(items)}, None, len(rows) / len(examples.rows))
 
 
 def answers(model: Any, items: Sequence[Item]) -> tuple[Answer, ...]:
@@ -162,9 +164,10 @@ def answers(model: Any, items: Sequence[Item]) -> tuple[Answer, ...]:
                 # right-padded under a causal mask: no token sees the padding after it
                 logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1]
                 target = wanted[:, 1:].to(device)
-                loss = cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-                nats = loss.view(target.shape).double().sum(-1).tolist()
                 counted = target != -100
+                loss = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
+                loss[counted] = cross_entropy(logits[counted].float(), target[counted], reduction="none").double()
+                nats = loss.sum(-1).tolist()
                 right = ((logits.argmax(-1) == target) | ~counted).all(-1).tolist()
                 tokens = counted.sum(-1).tolist()
                 for row, i in enumerate(batch):
@@ -223,7 +226,8 @@ def recall_of(
         base_bits=training.base_bits,
         exact_share=training.exact_share,
         base_exact_share=training.base_exact_share,
-        bits_per_param=None if bits is None or not params else bits / params,
+        asked_share=quiz.share,
+        bits_per_param=None if bits is None or not params else bits / quiz.share / params,
         paraphrases=scores.get("paraphrases"),
         held_out=scores.get("held out"),
         by_attribute=_by_attribute(quiz, base["training"], tuned["training"]),
@@ -233,18 +237,37 @@ def recall_of(
 def _score(quiz: Quiz, items: Sequence[Item], base: Sequence[Answer], tuned: Sequence[Answer]) -> RecallScore:
     """Score a split. An answer that follows from another (0 bits) counts for exactness, not for bits."""
     free = [i for i, item in enumerate(items) if item.bits != 0]
-    gained = math.fsum(base[i].loss - tuned[i].loss for i in free) / math.log(2)
-    before = math.fsum(base[i].loss for i in free) / math.log(2)
+    before = sum(base[i].loss for i in free) / math.log(2)
+    after = sum(tuned[i].loss for i in free) / math.log(2)
     pools = quiz.kind == "pools"
-    base_bits = math.fsum(items[i].bits or 0.0 for i in free) - before if pools else None
+    possible = math.fsum(items[i].bits or 0.0 for i in free)
+    base_bits = possible - before if pools else None
+    gained = _gain(possible, before, after, pools=pools)
     return RecallScore(
         facts=len(free),
         bits=_known(gained),
-        bits_possible=math.fsum(items[i].bits or 0.0 for i in free) if pools else _known(before),
+        bits_possible=possible if pools else _known(before),
         base_bits=None if base_bits is None else _known(base_bits),
-        exact_share=sum(a.exact for a in tuned) / len(items),
-        base_exact_share=sum(a.exact for a in base) / len(items),
+        exact_share=sum(tuned[i].exact for i in free) / max(1, len(free)),
+        base_exact_share=sum(base[i].exact for i in free) / max(1, len(free)),
     )
+
+
+def _gain(possible: float, before: float, after: float, *, pools: bool) -> float:
+    """Return the bits recalled beyond the base.
+
+    Args:
+        possible: log2 of the pools, summed.
+        before: summed loss of the base, in bits.
+        after: that of the tuned model.
+        pools: whether there are pools. With them a rise that ends at 0 or below counts for nothing: to learn the form
+            of the sentences, and with it what is in the pools, is not recall. A fall always counts.
+    """
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return math.nan
+    if not pools or possible >= before:
+        return before - after
+    return possible - after if possible >= after else min(0.0, before - after)
 
 
 def _by_attribute(quiz: Quiz, base: Sequence[Answer], tuned: Sequence[Answer]) -> tuple[AttributeRecall, ...]:
@@ -252,13 +275,15 @@ def _by_attribute(quiz: Quiz, base: Sequence[Answer], tuned: Sequence[Answer]) -
     rows = []
     for attribute in dict.fromkeys(item.attribute for item in items if item.attribute):
         members = [i for i, item in enumerate(items) if item.attribute == attribute]
-        gained = math.fsum(base[i].loss - tuned[i].loss for i in members) / math.log(2)
-        before = math.fsum(base[i].loss for i in members) / math.log(2)
+        before = sum(base[i].loss for i in members) / math.log(2)
+        after = sum(tuned[i].loss for i in members) / math.log(2)
+        pool, pools = items[members[0]].bits, quiz.kind == "pools"
+        gained = math.nan if pool == 0 else _gain((pool or 0.0) * len(members), before, after, pools=pools)
         row = AttributeRecall(
             attribute=attribute,
             facts=len(members),
             bits_per_fact=_known(gained / len(members)),
-            bits_possible=items[members[0]].bits if quiz.kind == "pools" else _known(before / len(members)),
+            bits_possible=pool if pools else _known(before / len(members)),
             exact_share=sum(tuned[i].exact for i in members) / len(members),
         )
         rows.append(row)
@@ -308,6 +333,7 @@ def keepsake(model: Any, tokenizer: Any, name: str, texts: Iterable[str] | None,
 def _sampled(model: Any, tokenizer: Any, *, seed: int, length: int) -> tuple[Item, ...]:
     """Let the base write, at temperature 1, from its first token on."""
     import torch
+    from transformers import GenerationConfig
 
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     first = next(i for i in ids if i is not None)
@@ -315,23 +341,32 @@ def _sampled(model: Any, tokenizer: Any, *, seed: int, length: int) -> tuple[Ite
     start = torch.full((SAMPLES, 1), first, device=device)
     was_training = model.training
     model.eval()
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else (own,))} - {None}
+    plain = GenerationConfig(  # a model's own may punish repetition or cut the tail: that is not its distribution
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - 1,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=first if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
     devices = [device] if device.type == "cuda" else []
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    settings = owner.generation_config
+    owner.generation_config = plain  # what `plain` leaves open would be taken from the model's own
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
             written = model.generate(
                 input_ids=start,
                 attention_mask=torch.ones_like(start),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=length - 1,
-                pad_token_id=first if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             ).tolist()
     finally:
+        owner.generation_config = settings
         model.train(was_training)
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    ends |= {tokenizer.pad_token_id} - {None}
     items = []
     for row in written:
         stop = next((k for k, token in enumerate(row) if k and token in ends), len(row) - 1)
@@ -345,8 +380,10 @@ def forgetting_of(model: Any, kept: Keepsake) -> Forgetting | None:
     tokens = sum(a.tokens for a in kept.base)
     if not tokens:
         return None
-    before = math.fsum(a.loss for a in kept.base) / tokens
-    after = math.fsum(a.loss for a in answers(model, kept.items)) / tokens
+    before = sum(a.loss for a in kept.base) / tokens
+    after = sum(a.loss for a in answers(model, kept.items)) / tokens
+    if not math.isfinite(before):
+        return None
     return Forgetting(data=kept.data, tokens=tokens, base_loss=before, tuned_loss=_known(after))
 
 

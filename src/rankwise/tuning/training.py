@@ -6,12 +6,16 @@ In: a model, data and settings. Out: an ordinary PEFT adapter folder, and a run/
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
+import os
+import random
 import resource
 import sys
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -23,7 +27,6 @@ from rankwise.records import (
     Finding,
     GroupHealth,
     LossPoint,
-    Recall,
     RunConfig,
     RunRecord,
     Status,
@@ -32,6 +35,7 @@ from rankwise.records import (
 )
 from rankwise.tuning import attach, runs, scoring
 from rankwise.tuning.divergence import DivergenceWatch
+from rankwise.tuning.encoding import IGNORED
 from rankwise.tuning.options import DEFAULT_LENGTH, OPTIMIZERS, Options, Settings, settle
 from rankwise.tuning.world.builtin import BuiltIn, is_builtin, read_builtin
 
@@ -45,6 +49,9 @@ POINTS: Final = 50
 
 CHECKPOINTS: Final = 5
 """Checkpoints of a run, where --save-every does not say otherwise."""
+
+BASE_ROWS: Final = 256
+"""Rows on which the loss of the untuned model is taken, to hold divergence against."""
 
 PLAIN: Final = "rankwise:plain"
 """Text that `rankwise:tiny` must not forget."""
@@ -170,16 +177,16 @@ def train(
     options = options_of(locals())
     out_path = Path(fspath(out))
     settle(options, model)  # refuse wrong flags before anything is written or loaded
-    _check_extras(save_every, monitor_every, stop_when_unstable)
-    runs.open_run(out_path, force=force, resume=resume)
+    check_extras(save_every, monitor_every, stop_when_unstable)
+    runs.check_run(out_path, force=force, resume=resume)
+    _check_alone(device)
     with _seeded(seed):
         job = prepare(model, data, options, tokenizer=tokenizer, device=device)
-        before = runs.check_same(out_path, job.config) if resume else None
+        if resume:
+            runs.check_same(out_path, job.config, seed)
         if announce is not None:
             announce(job.config, job.findings)
         head = head_of(command, model, job, seed)
-        if before is None:
-            runs.save_record(out_path, _record(head, job, status="interrupted", error="not finished"))
         return _Run(job, out_path, head, progress).run(
             report_to=tuple(report_to),
             save_every=save_every,
@@ -201,7 +208,12 @@ def options_of(given: dict[str, Any]) -> Options:
     return Options(**named)
 
 
-def _check_extras(save_every: int | None, monitor_every: int | None, stop_when_unstable: int | None) -> None:
+def check_extras(save_every: int | None, monitor_every: int | None, stop_when_unstable: int | None) -> None:
+    """Refuse intervals that are none.
+
+    Raises:
+        UsageError: one is below its least.
+    """
     for flag, value, least in (
         ("--save-every", save_every, 0),
         ("--monitor-every", monitor_every, 0),
@@ -209,6 +221,82 @@ def _check_extras(save_every: int | None, monitor_every: int | None, stop_when_u
     ):
         if value is not None and value < least:
             raise UsageError(f"{flag} must be {least} or more, got {value}")
+
+
+def _check_alone(device: str | None) -> None:
+    """Refuse what would have several processes write one folder, or the trainer choose another GPU than was asked."""
+    try:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate, whoever imports us
+    except ValueError:
+        processes = 1
+    if processes > 1:
+        raise UsageError(f"train works in one process, and was started in {processes}; start it without a launcher")
+    if device is not None and device.startswith("cuda:") and device != "cuda:0":
+        raise UsageError(
+            f"--device {device}: the trainer uses the first GPU it sees; make this one the first with "
+            f"CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')} and --device cuda"
+        )
+
+
+def _base_loss(model: Any, job: Job) -> float | None:
+    """Return the loss of the untuned model on a sample of the data, nats per trained token.
+
+    None where the trained tokens of some row are not all at its end.
+    """
+    rows = list(zip(job.columns["input_ids"], job.columns["labels"], strict=True))
+    rows = random.Random(0).sample(rows, min(len(rows), BASE_ROWS))
+    items = []
+    for ids, labels in rows:
+        start = max(1, next((k for k, label in enumerate(labels) if label != IGNORED), len(labels)))
+        if start >= len(ids):
+            continue
+        if IGNORED in labels[start:]:
+            return None
+        items.append(scoring.Item(tuple(ids), start))
+    found = scoring.answers(model, items)
+    tokens = sum(answer.tokens for answer in found)
+    loss = sum(answer.loss for answer in found) / tokens if tokens else math.nan
+    return loss if math.isfinite(loss) else None
+
+
+@contextlib.contextmanager
+def borrowed(model: Any) -> Iterator[Any]:
+    """Lend a model to be adapted, and put back what peft, trl and the trainer change on it."""
+    config, forward = model.config, model.__dict__.get("forward")
+    kept = {name: getattr(config, name, None) for name in ("use_cache", "pad_token_id")}
+    training, wanted = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
+    embeddings = model.get_input_embeddings()
+    hooks = set(embeddings._forward_hooks)
+    with quiet():
+        checkpointed = bool(model.is_gradient_checkpointing)
+    try:
+        yield model
+    finally:
+        unload(model)
+        with quiet():
+            if not checkpointed and model.is_gradient_checkpointing:
+                model.gradient_checkpointing_disable()
+        for key in set(embeddings._forward_hooks) - hooks:  # those that make inputs require gradients
+            del embeddings._forward_hooks[key]
+        for name, p in model.named_parameters():
+            p.requires_grad_(wanted.get(name, p.requires_grad))
+        for name, value in kept.items():
+            setattr(config, name, value)
+        if forward is None:
+            model.__dict__.pop("forward", None)
+        model.train(training)
+
+
+def unload(model: Any) -> None:
+    """Take every adapter layer out of a model, whether PEFT had finished putting them in or not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -219,8 +307,6 @@ def _seeded(seed: int) -> Iterator[None]:
         import transformers
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "train", "training") from error
-    import random
-
     import numpy as np
 
     states = random.getstate(), np.random.get_state()
@@ -301,6 +387,7 @@ def _config(
     return RunConfig(
         model=_name(model),
         data=examples.name,
+        data_digest=_digest(columns),
         preset=o.preset,
         rank=settings.rank,
         lora_alpha=settings.lora_alpha,
@@ -324,6 +411,15 @@ def _config(
         gradient_checkpointing=o.gradient_checkpointing,
         groups=attach.group_scales(laid),
     )
+
+
+def _digest(columns: dict[str, list[list[int]]]) -> str:
+    """Return what tells data apart that have the same name."""
+    told = hashlib.sha256()
+    for rows in columns.values():
+        for row in rows:
+            told.update(array("q", [len(row), *row]).tobytes())
+    return told.hexdigest()[:16]
 
 
 def _name(thing: Any) -> str:
@@ -399,6 +495,7 @@ class _Run:
         self.job, self.out, self.head, self.progress = job, out, head, progress
         self.watch = DivergenceWatch(job.config.steps)
         self.found: dict[str, Any] = {}
+        self.watching: Any = None
 
     def run(
         self,
@@ -415,57 +512,61 @@ class _Run:
         from peft import get_peft_model
 
         job = self.job
-        model = job.loaded.model
-        self._say("measuring the base", 0, job.config.steps)
-        quiz = self._quiz() if recall else None
-        base = None if quiz is None else scoring.take(model, quiz)
-        kept = self._keepsake(forgetting_data)
-        status: Status = "done"
-        error = None
-        with quiet():
-            tuned = get_peft_model(model, attach.lora_config(job.settings, job.laid))
-        try:
+        with borrowed(job.loaded.model) as model:
+            self._say("measuring the base", 0, job.config.steps)
+            quiz = self._quiz() if recall else None
+            base = None if quiz is None else scoring.take(model, quiz)
+            kept = self._keepsake(forgetting_data)
+            self.watch.base_loss = _base_loss(model, job)
+            with quiet():
+                tuned = get_peft_model(model, attach.lora_config(job.settings, job.laid))
             attach.check_attached(tuned, job.laid)
             trainer, callback = self._trainer(tuned, report_to, save_every, monitor_every, stop_when_unstable)
-            try:
-                self._fit(trainer, resume)
-                if self.watch.reason is not None:
-                    status, error = "diverged", self.watch.reason
-                    self.watch.restore(tuned)
-            except KeyboardInterrupt:
-                self._collect(trainer, callback)
-                runs.save_record(
-                    self.out,
-                    _record(self.head, job, status="interrupted", error="interrupted from outside", **self.found),
-                )
-                raise
-            except Exception as problem:
-                self._collect(trainer, callback)
-                runs.save_record(
-                    self.out,
-                    _record(
-                        self.head, job, status="failed", error=f"{type(problem).__name__}: {problem}", **self.found
-                    ),
-                )
-                raise
-            self._collect(trainer, callback)
-            if status == "diverged":
-                self.found["steps"] = self.watch.good_step
-            self._say("measuring what was learnt", job.config.steps, job.config.steps)
-            measured: Recall | None = None
-            if quiz is not None and base is not None:
-                params = sum(lora.params for lora in job.laid.values())
-                measured = scoring.recall_of(quiz, base, scoring.take(tuned, quiz), params=params)
-            lost = None if kept is None else scoring.forgetting_of(tuned, kept)
-            rise = None if lost is None or lost.tuned_loss is None else lost.tuned_loss - lost.base_loss
+            if not resume:
+                runs.begin_run(self.out, _record(self.head, job, status="interrupted", error="not finished"))
+            status, error = self._train(trainer, callback, tuned, resume)
             runs.save_adapter(self.out, tuned)
-            self.found |= {"recall": measured, "forgetting": rise, "forgetting_detail": lost}
+            try:
+                self._say("measuring what was learnt", job.config.steps, job.config.steps)
+                if quiz is not None and base is not None:
+                    params = sum(lora.params for lora in job.laid.values())
+                    self.found["recall"] = scoring.recall_of(quiz, base, scoring.take(tuned, quiz), params=params)
+                lost = None if kept is None else scoring.forgetting_of(tuned, kept)
+                rise = None if lost is None or lost.tuned_loss is None else lost.tuned_loss - lost.base_loss
+                self.found |= {"forgetting": rise, "forgetting_detail": lost}
+            except BaseException as problem:  # what was trained is safe and on record; what was measured is not
+                told = f"{error + '; ' if error else ''}measuring was cut short: {type(problem).__name__}: {problem}"
+                runs.save_record(self.out, _record(self.head, job, status=status, error=told, **self.found))
+                raise
             record = _record(self.head, job, status=status, error=error, **self.found)
             runs.save_record(self.out, record)
-            runs.clean(self.out)
+            if status == "done":
+                runs.clean(self.out)
             return record
-        finally:
-            tuned.unload()  # a live model gets its own layers back
+
+    def _train(self, trainer: Any, callback: Any, tuned: Any, resume: bool) -> tuple[Status, str | None]:
+        """Train; return how it ended, with all figures of the training collected and on record."""
+        status: Status = "done"
+        error = None
+        try:
+            self._fit(trainer, resume)
+            if self.watch.reason is not None:
+                status, error = "diverged", self.watch.reason
+                self.watch.restore(tuned)
+            elif trainer.state.global_step < self.job.config.steps:
+                status, error = "interrupted", f"stopped at step {trainer.state.global_step}: called unstable too often"
+        except BaseException as problem:
+            by_hand = isinstance(problem, KeyboardInterrupt)
+            self._collect(trainer, callback)
+            status = "interrupted" if by_hand else "failed"
+            error = "interrupted from outside" if by_hand else f"{type(problem).__name__}: {problem}"
+            runs.save_record(self.out, _record(self.head, self.job, status=status, error=error, **self.found))
+            raise
+        self._collect(trainer, callback)
+        if status == "diverged":
+            self.found["steps"] = self.watch.good_step
+        runs.save_record(self.out, _record(self.head, self.job, status=status, error=error, **self.found))
+        return status, error
 
     def _say(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -495,7 +596,8 @@ class _Run:
     ) -> tuple[Any, Any]:
         """Build TRL's trainer around the model."""
         import datasets
-        from transformers import PrinterCallback, ProgressCallback
+        from transformers import PrinterCallback, ProgressCallback, Trainer
+        from transformers.integrations import get_available_reporting_integrations
         from trl import SFTConfig, SFTTrainer
 
         from rankwise.tuning.health import MonitorConfig
@@ -504,10 +606,20 @@ class _Run:
         c = self.job.config
         on_cpu = next(model.parameters()).device.type == "cpu"
         every = max(1, c.steps // CHECKPOINTS) if save_every is None else save_every
-        with quiet():
-            args = self._arguments(SFTConfig, report_to, every, on_cpu)
+        try:
+            with quiet():
+                args = self._arguments(SFTConfig, report_to, every, on_cpu)
+                Trainer.get_optimizer_cls_and_kwargs(args, model)
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise UsageError(f"these settings cannot be used here: {' '.join(str(error).split())[:400]}") from error
+        known = set(get_available_reporting_integrations())
+        missing = [word for word in report_to if word not in {*known, "all", "none"}]
+        if missing:
+            there = ", ".join(sorted(known)) or "none"
+            raise UsageError(f"--report-to {missing[0]}: no such reporter, or it is not installed; there are: {there}")
         callback = None
-        extra: list[Any] = [WatchCallback(self.watch, self.progress)]
+        self.watching = WatchCallback(self.watch, self.progress)
+        extra: list[Any] = [self.watching]
         if monitor_every != 0:
             from rankwise.tuning.callback import RankMonitorCallback
 
@@ -533,7 +645,7 @@ class _Run:
         """Say in TRL's words what the config says in ours."""
         c = self.job.config
         return config(
-            output_dir=str(self.out / runs.CHECKPOINTS),
+            output_dir=str(self.out),
             max_steps=c.steps,
             per_device_train_batch_size=c.batch_size // c.gradient_accumulation,
             gradient_accumulation_steps=c.gradient_accumulation,
@@ -581,7 +693,8 @@ class _Run:
             if "loss" in row
         )
         tokens = _tokens(history)
-        lived = tokens - self.found.get("tokens before", 0) if tokens else None
+        before = _tokens([row for row in history if row["step"] <= self.watching.started_at]) or 0
+        lived = tokens - before if tokens else None
         seconds = self.found.get("seconds")
         health = () if callback is None else tuple(map(_health, callback.observations))
         self.found |= {
@@ -617,7 +730,9 @@ def make_keepsake(loaded: Any, data: str | None, *, model: str, length: int, see
             rows: Sequence[dict[str, Any]] = builtin.rows
         else:
             rows = read_data(name).rows
-        texts = [row["text"] if "text" in row else row["prompt"] + row["completion"] for row in rows]
+        if len(rows) > scoring.MOST_EXAMPLES:
+            rows = random.Random(seed).sample(list(rows), scoring.MOST_EXAMPLES)
+        texts = [_text(row, loaded.tokenizer) for row in rows]
     return scoring.keepsake(
         loaded.model,
         loaded.tokenizer,
@@ -626,6 +741,12 @@ def make_keepsake(loaded: Any, data: str | None, *, model: str, length: int, see
         seed=seed,
         length=length,
     )
+
+
+def _text(row: dict[str, Any], tokenizer: Any) -> str:
+    if "messages" in row:
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    return str(row["text"] if "text" in row else row["prompt"] + row["completion"])
 
 
 @contextlib.contextmanager
