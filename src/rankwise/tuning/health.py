@@ -48,8 +48,8 @@ class MonitorConfig:
         adapter: the name of the PEFT adapter that is watched.
         warm_up: starving is judged from this step on: B starts at zero, and so does the learning rate of most runs.
         starved_branch_ratio: below it, the adapter hardly takes part in the forward pass. Set on the shipped model
-            (docs, facts and rank): runs that had recalled 2 % of the bits stood at 0.05 to 0.07, those that had
-            recalled 9 % and more at 0.13 and above. Other models will differ.
+            (docs, facts and rank): runs that had recalled 1 % of the bits stood at 0.06 to 0.07, all others at
+            0.12 and above. Other models will differ.
         unstable_branch_ratio: above it, the adapter branch is louder than the frozen branch that it is meant to
             correct. Not for initialisations that move a part of W into the adapter (PiSSA, OLoRA): set None there.
         unstable_update_ratio: above it, one optimizer step replaces so large a share of the adapter.
