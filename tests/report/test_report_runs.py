@@ -403,6 +403,6 @@ def test_config_has_every_field_in_words() -> None:
     assert rows["scaling"] == "rslora: alpha / √r"
     assert rows["gradients clipped"] == "to norm 1"
     assert rows["batch"] == "64 examples a step, in 1 forward pass"
-    elsewhere = {"model", "data", "learning_rate", "steps", "groups"}
+    elsewhere = {"model", "data", "data_digest", "learning_rate", "steps", "groups"}
     joined = {"warmup_steps", "gradient_accumulation"}  # in one row with the schedule, and with the batch
     assert len(rows) == len(set(samples.CONFIG.__struct_fields__) - elsewhere - joined)

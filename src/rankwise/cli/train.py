@@ -165,9 +165,7 @@ def train(
         raise UsageError("train needs a folder for the run: -o RUN (or --dry-run, which writes nothing)")
     if report is not None:
         if report.resolve().is_relative_to(out.resolve()):
-            raise UsageError(
-                f"--report {report} lies in the folder of the run; put the page beside it"
-            )
+            raise UsageError(f"--report {report} lies in the folder of the run; put the page beside it")
         check_writable(report, force=force)
     from rankwise.tuning.training import train as run
 
