@@ -304,3 +304,25 @@ def test_a_demo_shows_its_caveats_first_and_leaves_a_page(
     assert_refused(run("demo", "-o", tmp_path / "demo"), "--force")
     code, out, err = run("demo", "-o", tmp_path / "demo", "--force", "--json")
     assert (code, out, err) == (0, made.to_json(), "")
+
+
+def test_a_demo_writes_its_page_where_asked_and_runs_where_asked(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import run_samples
+
+    from rankwise.tuning import demonstration
+
+    asked: list[object] = []
+
+    def demo(**words: object) -> object:
+        asked.append(words["device"])
+        return run_samples.demo()
+
+    monkeypatch.setattr(demonstration, "demo", demo)
+    page = tmp_path / "page.html"
+    assert run("demo", "-o", tmp_path / "a", "--report", page, "--json")[0] == 0
+    assert page.read_bytes() == (tmp_path / "a" / "demo.html").read_bytes()
+    assert_refused(run("demo", "-o", tmp_path / "b", "--report", page), str(page), "--force")
+    assert run("demo", "-o", tmp_path / "b", "--device", "cuda", "--json")[0] == 0
+    assert asked == ["cpu", "cuda"]

@@ -14,7 +14,9 @@ from rankwise.cli.common import EXIT_OK, argv
 def demo(
     *,
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("rankwise-demo"),
+    report: Path | None = None,
     seed: int = 0,
+    device: str = "cpu",
     json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     force: Annotated[bool, Parameter(negative="")] = False,
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="")] = False,
@@ -27,22 +29,27 @@ def demo(
 
     Args:
         out: Folder of the demo.
+        report: Write the page to this path too.
         seed: Of the people, of the adapters' start and of the order of the data.
+        device: cpu, cuda or cuda:0. The figures in the documentation are those of a CPU.
         json: Put the record on stdout instead of the table, and nothing else.
         force: Replace a demo that is in the folder.
         quiet: Show no progress.
     """
     from rankwise.cli.show import Bar
     from rankwise.cli.show_runs import show_demo
-    from rankwise.files import write_texts
+    from rankwise.files import check_writable, write_texts
     from rankwise.records import to_json
     from rankwise.report import render_page
     from rankwise.tuning.demonstration import demo as run
     from rankwise.tuning.demonstration import open_demo
 
     open_demo(out, force=force)
+    if report is not None:
+        check_writable(report, force=force)
     with Bar(quiet=quiet) as bar:
-        record = run(out=out, seed=seed, force=force, command=argv(), progress=bar.say)
-    write_texts({out / "demo.html": render_page(record)}, force=force)
+        record = run(out=out, seed=seed, device=device, force=force, command=argv(), progress=bar.say)
+    page = render_page(record)
+    write_texts({path: page for path in (out / "demo.html", report) if path is not None}, force=force)
     sys.stdout.write(to_json(record)) if json else show_demo(record, out)
     return EXIT_OK

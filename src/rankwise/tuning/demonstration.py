@@ -105,6 +105,7 @@ def demo(
     *,
     out: str | PathLike[str] = "rankwise-demo",
     seed: int = 0,
+    device: str | None = "cpu",
     force: bool = False,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -114,6 +115,8 @@ def demo(
     Args:
         out: folder; gets demo.json and a run/1 record of each run in ``runs`` (the command line adds demo.html).
         seed: of the people, of the adapters' start and of the order of the data. The best rate was chosen at others.
+        device: "cpu", "cuda" or "cuda:0"; None takes a GPU when there is one. The figures that this project publishes
+            are those of a CPU.
         force: replace a demo that is in the folder.
         command: argv to write into the record.
         progress: called with (what, done, total) over all runs.
@@ -140,7 +143,7 @@ def demo(
     work = folder / "runs" / ".work"
     try:
         for i, cell in enumerate(CELLS):
-            record, spectra = _run(cell, facts.name, style.name, seed, work, progress, i)
+            record, spectra = _run(cell, facts.name, style.name, seed, device, work, progress, i)
             records.append(record)
             path = f"runs/{cell.slug}.json"
             write_text(folder / path, to_json(record), force=True)
@@ -180,7 +183,14 @@ def demo(
 
 
 def _run(
-    cell: Cell, facts: str, style: str, seed: int, work: Path, progress: Progress | None, index: int
+    cell: Cell,
+    facts: str,
+    style: str,
+    seed: int,
+    device: str | None,
+    work: Path,
+    progress: Progress | None,
+    index: int,
 ) -> tuple[RunRecord, SpectraRecord]:
     """Train one cell and take the spectra of its adapter."""
 
@@ -201,7 +211,7 @@ def _run(
         batch_size=BATCH,
         save_every=0,
         seed=seed,
-        device="cpu",
+        device=device,
         force=True,
         progress=say,
     )
