@@ -21,6 +21,9 @@ GRIDS = {
     "rates": [(rank, rule, rate) for rank in (64, 8) for rule in RULES for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
     + [(64, "lora", 5e-3)],
     "ranks": [(rank, rule, 1e-3) for rule in RULES for rank in (4, 16, 32, 128)],
+    # the rate that was best at rank 64, carried to the other ranks
+    "best": [(rank, "lora", 5e-3) for rank in (4, 8, 16, 32, 128)]
+    + [(rank, "rslora", 3e-3) for rank in (4, 16, 32, 128)],
 }
 
 

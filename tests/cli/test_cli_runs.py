@@ -226,6 +226,8 @@ def test_a_dry_run_with_json_is_the_record_and_nothing_else(train: Run) -> None:
 def test_a_dry_run_refuses_what_the_run_would(run: Run, pico: Path, rows: Path) -> None:
     assert_refused(run("train", pico, rows, "--dry-run", "--preset", "facts"), "--preset")
     assert_refused(run("train", pico, rows, "--dry-run", "--max-length", "129"), "context of 128")
+    assert_refused(run("train", pico, rows, "--dry-run", "--report", "page.html"), "leave out --report and --resume")
+    assert_refused(run("train", pico, rows, "--dry-run", "--resume", "-o", "run"), "leave out --report and --resume")
 
 
 @pytest.mark.parametrize("words", [("--save-every", "-1"), ("--monitor-every", "-1"), ("--stop-when-unstable", "0")])

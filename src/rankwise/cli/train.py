@@ -153,6 +153,8 @@ def train(
         words = settings["target_modules"]
         settings["target_modules"] = words[0] if len(words) == 1 and _one(words[0]) else words
     if dry_run:
+        if report is not None or resume:
+            raise UsageError("--dry-run writes nothing and starts nothing: leave out --report and --resume")
         from rankwise.tuning.memory import dry_run as plan_run
         from rankwise.tuning.training import check_extras
 
