@@ -316,6 +316,19 @@ def test_block_quantised_weights_are_left_out_with_their_scales() -> None:
     assert {s.module: "scale" in s.reason for s in found.skipped} == {"q": True, "q.weight_scale_inv": True}
 
 
+def test_a_quantised_base_of_a_plain_checkpoint_is_skipped_too() -> None:
+    """The scale is in the base alone: without it the difference is of no meaning."""
+    plain = {"q.weight": np.ones((4, 4), np.float32)}
+    base = {
+        "q.weight": np.ones((4, 4), ml_dtypes.float8_e4m3fn),
+        "q.weight_scale_inv": np.ones((1, 1), np.float32),
+    }
+    for before, after in ((base, plain), (plain, base)):
+        found = pair(before, after)
+        assert found.pairs == ()
+        assert ["block-quantised" in s.reason for s in found.skipped] == [True]
+
+
 def test_missing_tensors_are_named_only_where_they_were_asked_for() -> None:
     base, tuned = {"q.weight": ones(2, 2), "x.weight": ones(2, 2)}, {"q.weight": ones(2, 2)}
     found = pair_checkpoints(Held(base), Held(tuned), selection("q", None))

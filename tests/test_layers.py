@@ -48,7 +48,13 @@ LIGHT: dict[str, tuple[str, frozenset[str]]] = {
     "rankwise --version": (command("--version"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise inspect --help": (command("inspect", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise simulate --help": (command("simulate", "--help"), HEAVY | {"scipy", "numpy", "plotly"}),
+    "rankwise plan --help": (command("plan", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
+    "rankwise plan ADAPTER": (
+        command("plan", "adapter", "--budget", "rank:2"),
+        HEAVY | {"scipy", "plotly", "huggingface_hub"},
+    ),
     "rankwise train --help": (command("train", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
+    "rankwise check --help": (command("check", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise recall --help": (command("recall", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise demo --help": (command("demo", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise simulate": (command("simulate"), HEAVY | {"plotly", "huggingface_hub"}),

@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import conversion_samples
+import extraction_samples
+import lint_samples
 import msgspec
+import probe_samples
 import pytest
 import run_samples
+import stability_samples
+import sweep_samples
 
 from rankwise.errors import MissingDependencyError, RecordError
 from rankwise.records import (
@@ -179,7 +185,17 @@ MADE: dict[str, Record] = {
     "rankwise/plan/1": plan_record(),
     "rankwise/run/1": msgspec.structs.replace(run_samples.run(), command=HEAD["command"]),
     "rankwise/dry-run/1": dry_run_record(),
+    "rankwise/extraction/1": msgspec.structs.replace(
+        extraction_samples.RECORDS["calibrated extraction"], command=HEAD["command"]
+    ),
     "rankwise/recall/1": msgspec.structs.replace(run_samples.measured(), command=HEAD["command"]),
+    "rankwise/conversion/1": conversion_samples.record(conversion_samples.CUT, command=HEAD["command"]),
+    "rankwise/lint/1": lint_samples.lint_record(command=HEAD["command"]),
+    "rankwise/stability/1": stability_samples.check(command=HEAD["command"]),
+    "rankwise/sweep/1": sweep_samples.sweep(command=HEAD["command"]),
+    "rankwise/sweep-dry-run/1": sweep_samples.dry_sweep(command=HEAD["command"]),
+    "rankwise/probe/1": probe_samples.probe_record(command=HEAD["command"]),
+    "rankwise/counter-test/1": probe_samples.counter_record(command=HEAD["command"]),
     "rankwise/demo/1": msgspec.structs.replace(run_samples.demo(), command=HEAD["command"]),
 }
 
@@ -205,6 +221,15 @@ def test_json_begins_with_the_common_fields_and_needs_nothing_but_json(kind: str
     assert list(plain)[:6] == ["format", "rankwise", "created", "command", "device", "seed"]
     assert plain["format"] == kind
     assert plain["command"] == ["rankwise", "inspect", "adapter"]
+
+
+def test_the_fields_of_sweep_1_are_those_of_the_contract() -> None:
+    plain = json.loads(MADE["rankwise/sweep/1"].to_json())
+    assert len(plain["runs"]) == len(plain["cells"]) == 108
+    assert [(b["scaling"], b["rank"], b["on_edge"]) for b in plain["best"]] == [
+        (rule, rank, False) for rule in ("lora", "rslora") for rank in (4, 16, 64)
+    ]
+    assert all(b["learning_rate"] for b in plain["best"])
 
 
 def test_the_fields_of_spectra_1_are_those_of_the_contract() -> None:
@@ -264,7 +289,7 @@ def test_the_fields_of_run_1_and_plan_1_are_those_of_the_contract() -> None:
     assert set(plain["health"][0]) >= {"step", "group"}
     plan = json.loads(MADE["rankwise/plan/1"].to_json())
     assert set(plan) >= {"rule", "modules", "params", "budget", "relative_error", "learning_rate", "why"}
-    assert set(plan["modules"][0]) == {"module", "shape", "r", "lora_alpha", "scaling", "kept_energy_share"}
+    assert set(plan["modules"][0]) >= {"module", "shape", "r", "lora_alpha", "scaling", "kept_energy_share"}
 
 
 def test_what_is_not_known_is_null_and_never_left_out() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rankwise.checkpoints.model import Checkpoint, TensorInfo
 from rankwise.errors import ShapeMismatchError, TensorError, UsageError
-from rankwise.grids import row_blocks
+from rankwise.grids import row_blocks, widened
 from rankwise.records import Finding, Skipped
 
 Array = NDArray[Any]
@@ -84,7 +84,7 @@ class Delta:
         wide = np.float64 if np.float64 in (self.base.dtype, self.tuned.dtype) else np.float32
         with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
             for rows in row_blocks(difference.shape):
-                difference[rows] = self.tuned[rows].astype(wide) - self.base[rows].astype(wide)
+                difference[rows] = widened(self.tuned[rows], wide) - widened(self.base[rows], wide)
         return difference
 
 
@@ -251,7 +251,7 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, wanted: Selection) -> 
     base_names, tuned_names = base.names(), tuned.names()
     aligned = align_names(base_names, tuned_names)
     findings = _missing(base_names, tuned_names, aligned, wanted)
-    held = set(tuned_names)
+    held, held_before = set(tuned_names), set(base_names)
     pairs, skipped, resized, infos = [], [], [], []
     for tuned_name, base_name in aligned.items():
         module = module_of(tuned_name)
@@ -264,7 +264,7 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, wanted: Selection) -> 
             _check(info)  # ZeRO-3 leaves weights of shape (0,)
             _check(before)
             raise ShapeMismatchError(module, before.shape, info.shape)
-        reason = _reason_to_skip(info, held) or _reason_to_skip(before, held)
+        reason = _reason_to_skip(info, held) or _reason_to_skip(before, held_before)
         if reason is not None:
             skipped.append(Skipped(module=module, reason=reason))
             continue

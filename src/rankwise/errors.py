@@ -33,6 +33,12 @@ class CriterionError(RankwiseError):
     slug = "criterion"
 
 
+class OutOfReachError(RankwiseError):
+    """A budget, a share or an error cannot be met with the ranks that the other options allow."""
+
+    slug = "out-of-reach"
+
+
 class SpectrumSpecError(RankwiseError):
     """A planted spectrum (`--spectrum`) cannot be read or has values that are no spectrum."""
 
@@ -212,3 +218,27 @@ class TargetModulesError(RankwiseError):
     """--target-modules names layers that the model does not have, or that take no adapter."""
 
     slug = "target-modules"
+
+
+class CannotCarryError(RankwiseError):
+    """A trainer's config cannot say what the plan asks for."""
+
+    slug = "cannot-carry"
+
+
+class ReadBackError(RankwiseError):
+    """A config that was written would not give every module what the plan asks for."""
+
+    slug = "read-back"
+
+
+class ClusterError(RankwiseError):
+    """A Ray cluster cannot be reached, or lost the nodes that could do the work."""
+
+    slug = "cluster"
+
+
+class AllRunsFailedError(RankwiseError):
+    """No run of a sweep came to its end."""
+
+    slug = "all-runs-failed"

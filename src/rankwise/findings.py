@@ -138,7 +138,7 @@ def rank_limited(modules: Modules) -> Hit | None:
         f"In {_share(flat, modules)} the smallest singular value is more than {FLAT:.0%} of the largest: the "
         "spectrum is cut off at r before it falls. The rank may have been the limit, or B and A are close to random "
         "factors (barely trained, or noise), whose spectrum is flat too; a run at a higher rank shows which. How "
-        "scaling and learning rate have to follow is what `rankwise check` (planned) measures."
+        "scaling and learning rate have to follow is what `rankwise check` measures."
     )
     return Finding(code="rank-limited", level="warning", text=text), flat
 
@@ -152,7 +152,7 @@ def unused_directions(modules: Modules) -> Hit | None:
     text = (
         f"In {_share(few, modules)} half of the r directions or fewer hold 99 % of the energy. That means one of "
         "two things which this file cannot tell apart: these directions were enough for the task, or the "
-        "others were starved by a small scaling or learning rate. `rankwise check` (planned) is to tell which."
+        "others were starved by a small scaling or learning rate. `rankwise check --adapter` (planned) is to tell."
     )
     return Finding(code="unused-directions", level="info", text=text), few
 

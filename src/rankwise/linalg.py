@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rankwise.bands import gram_or_band_values
 from rankwise.errors import DeviceError, MissingDependencyError
-from rankwise.grids import row_blocks
+from rankwise.grids import row_blocks, widened
 
 Array = NDArray[Any]
 
@@ -64,7 +64,7 @@ def energy_of(matrix: Array) -> float:
     """
     total = 0.0
     for rows in row_blocks(matrix.shape, BLOCK_ENTRIES):
-        block = matrix[rows].astype(np.float64).ravel()
+        block = widened(matrix[rows], np.float64).ravel()
         total += float(block @ block)
     return total
 

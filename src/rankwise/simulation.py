@@ -57,7 +57,7 @@ NOTES: Final = (
     "LoRA but of the captured energy E and the factor s alone: err^2 = 1 - E s (2 - s).",
     "Scaling collapse is a change of the learning dynamics: the same optimizer and learning rate move the "
     "adapter by less (or by more) as the rank rises, by how much depends on the optimizer, the init and the "
-    "data, and `rankwise check MODEL DATA` (planned) is to measure it.",
+    "data, and `rankwise check MODEL DATA` measures it.",
 )
 
 

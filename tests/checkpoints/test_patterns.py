@@ -40,6 +40,21 @@ def test_the_short_cut_for_plain_keys_changes_nothing(rng):
         assert bool(Pattern({key: 1}).matches(name)) is bool(re.match(rf"(.*\.)?({key})$", name)), (key, name)
 
 
+def test_the_short_cut_for_whole_paths_changes_nothing(rng):
+    """Keys of `^` and an escaped path are looked up; with others around them, positions agree with the bare line."""
+    parts = ["a", "b", "_0", "-", "\\.", "\\-", "\\[", ".", "\\b", "$"]
+    letters = list("ab.\n0_-[")
+    hit = 0
+    for _ in range(2000):
+        keys = ["^" + "".join(rng.choice(parts, rng.integers(1, 4))) for _ in range(3)] + ["a", "a"]
+        pattern = Pattern(dict.fromkeys(keys, 1))
+        name = "".join(rng.choice(letters, rng.integers(1, 5)))
+        wanted = tuple(i for i, key in enumerate(pattern.keys) if re.match(rf"(.*\.)?({key})$", name))
+        assert pattern.matches(name) == wanted, (keys, name)
+        hit += bool(wanted)
+    assert hit > 50  # or nothing was compared
+
+
 def test_first_in_the_order_of_the_file_wins():
     config = {"r": 2, "lora_alpha": 4, "rank_pattern": {"q": 8, "layers.0.q": 64}}
     assert read_settings(config, "c").rank_of("layers.0.q") == 8

@@ -81,6 +81,14 @@ def test_every_command_has_its_help(run: Run, name: str) -> None:
         assert flag in out, f"{name} lacks {flag}"
 
 
+@pytest.mark.parametrize("words", ["plan x", "convert x y", "extract x y z", "train m d"])
+def test_a_rank_is_not_rounded(run: Run, words: str) -> None:
+    """The parser would make 1 of 0.99, which may have been meant as a share."""
+    code, out, err = run(*words.split(), "--rank", "0.99")
+    assert (code, out) == (2, "")
+    assert "--rank: wanted a whole number; got '0.99'" in err
+
+
 def test_no_command_shows_the_help_and_did_nothing(run: Run) -> None:
     code, out, _ = run()
     assert code == 2

@@ -6,10 +6,15 @@ import json
 import math
 from typing import Any
 
+import conversion_samples
+import extraction_samples
 import page_samples as samples
+import plan_samples
 import plotly.graph_objects as go
+import probe_samples
 import pytest
 import run_samples
+import stability_samples
 
 from rankwise import criteria
 from rankwise.records import Record, SpectraRecord
@@ -26,6 +31,11 @@ RECORDS: dict[str, Record] = {
     "nulls": samples.record([samples.unknown("a.0.b"), samples.module("a.1.b", [1.0])]),
     "simulation": simulate(command=("rankwise", "simulate")),
     **run_samples.RECORDS,
+    **stability_samples.RECORDS,
+    **conversion_samples.RECORDS,
+    **extraction_samples.RECORDS,
+    **probe_samples.RECORDS,
+    **{f"plan {name}": record for name, record in plan_samples.RECORDS.items()},
 }
 
 

@@ -13,10 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import conversion_samples
+import extraction_samples
+import lint_samples
 import msgspec
 import page_samples as samples
 import pytest
 import run_samples
+import stability_samples
 
 import rankwise.report.page as page_module
 from rankwise.errors import RecordError
@@ -68,6 +72,10 @@ PAGES: dict[str, Any] = {
     "simulation": simulate(command=("rankwise", "simulate")),
     "own spectrum": simulate(command=("rankwise", "simulate"), spectrum="power:1:3"),
     **run_samples.RECORDS,
+    **stability_samples.RECORDS,
+    **lint_samples.RECORDS,
+    **conversion_samples.RECORDS,
+    **extraction_samples.RECORDS,
 }
 
 

@@ -18,7 +18,7 @@ import pytest
 from test_options import plan
 
 import rankwise
-from rankwise.errors import OutputError, OutputExistsError, RankwiseError, UsageError
+from rankwise.errors import OutputError, OutputExistsError, RankwiseError, TooLongError, UsageError
 from rankwise.records import RunRecord, read_record, to_json
 
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
@@ -290,6 +290,12 @@ def test_resuming_something_else_is_refused(done: tuple[Path, RunRecord], pico: 
         train(str(pico), tmp_path / "run", progress=stop_at(2, KeyboardInterrupt()))
     with pytest.raises(UsageError, match=r"was started with learning rate 0\.003, not 0\.1"):
         train(str(pico), tmp_path / "run", learning_rate=0.1, resume=True)
+
+
+def test_built_in_rows_that_a_length_leaves_nothing_of_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(TooLongError, match=r"^rankwise:facts\?n=2&seed=0, row \d+: the prompt takes \d+ tokens"):
+        train("rankwise:tiny", tmp_path / "run", "rankwise:facts?n=2", max_length=8, steps=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_taken_is_refused_and_nothing_in_it_is_lost(pico: Path, tmp_path: Path) -> None:

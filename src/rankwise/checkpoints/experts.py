@@ -56,6 +56,13 @@ def parameters_of(paths: Sequence[str], targets: Sequence[str]) -> dict[str, Par
     return found
 
 
+def wrapping_order(names: Sequence[str]) -> list[str] | None:
+    """Return the parameters of one module in the order in which PEFT wraps them, innermost first; None if unknown."""
+    if len(names) < 2:
+        return list(names)
+    return sorted(names, key=_DECLARED.index) if all(name in _DECLARED for name in names) else None
+
+
 def _strip(path: str) -> str:
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")

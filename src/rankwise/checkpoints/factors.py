@@ -256,6 +256,25 @@ class _FactoredAdapter(Adapter):
         first, second = layout(*self._last[1])
         return as_float32(first), as_float32(second)
 
+    def stored(self, module: LoraModule) -> tuple[TensorInfo, TensorInfo]:
+        """Return what the headers say of the tensors that hold A and B."""
+        a, b, _ = self._plans[module.module]
+        return self._weights.info(a), self._weights.info(b)
+
+    def others(self) -> Sequence[TensorInfo]:
+        """Return the tensors that belong to no pair of factors."""
+        taken = {name for a, b, _ in self._plans.values() for name in (a, b)}
+        return tuple(self._weights.info(name) for name in self._weights.names() if name not in taken)
+
+    def read_other(self, name: str) -> Array:
+        """Read one tensor in its storage dtype."""
+        return self._weights.read(name)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata in the header of a safetensors file, else nothing."""
+        return self._weights.metadata
+
     def close(self) -> None:
         """Close the file and drop what was read."""
         self._last = None

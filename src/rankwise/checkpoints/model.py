@@ -169,6 +169,23 @@ class Adapter(abc.ABC):
         """
 
     @abc.abstractmethod
+    def stored(self, module: LoraModule) -> tuple[TensorInfo, TensorInfo]:
+        """Return what the headers say of the tensors that hold A and B; experts of a stack share one pair."""
+
+    @abc.abstractmethod
+    def others(self) -> Sequence[TensorInfo]:
+        """Return the tensors that belong to no pair of factors: whole weights, magnitudes, alphas."""
+
+    @abc.abstractmethod
+    def read_other(self, name: str) -> Array:
+        """Read one tensor of `others` in its storage dtype."""
+
+    @property
+    @abc.abstractmethod
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata in the header of a safetensors file, else nothing."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Close any open file."""
 

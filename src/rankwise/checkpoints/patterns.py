@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
+from rankwise.checkpoints.slow_patterns import why_slow
 from rankwise.errors import ConfigError
 
 DEFAULTS: Final = {"r": 8, "lora_alpha": 8}
@@ -22,6 +23,8 @@ DEFAULTS: Final = {"r": 8, "lora_alpha": 8}
 
 
 _LITERAL: Final = re.compile(r"[\w.]+", re.ASCII)
+_ANCHORED: Final = re.compile(r"\^((?:[\w-]|\\[^\w\s])+)", re.ASCII)
+"""A key that is one whole path, as plans write them: `^`, and the path with its dots escaped."""
 
 Number = TypeVar("Number", int, float)
 
@@ -37,24 +40,45 @@ class Pattern(Generic[Number]):
     def __init__(self, items: Mapping[str, Number]) -> None:
         self.keys = tuple(items)
         self.values: tuple[Number, ...] = tuple(items.values())
-        # a plan may have a key for every module: each is compiled once, and plain paths of another length are
-        # told without it (the cache of `re` holds 512)
-        self._tests = tuple((len(k) if _LITERAL.fullmatch(k) else 0, re.compile(_whole(k)).match) for k in items)
+        # a plan may have a key for every module: whole paths are looked up, and so are plain ends, by their length and
+        # by where their dots stand, as each stands for any character (the cache of `re` holds 512 expressions)
+        self._whole_paths: dict[str, list[int]] = {}
+        self._ends: dict[tuple[int, tuple[int, ...]], dict[str, list[int]]] = {}
+        self._tests: list[tuple[int, Callable[[str], object]]] = []
+        for at, key in enumerate(items):
+            if anchored := _ANCHORED.fullmatch(key):
+                self._whole_paths.setdefault(re.sub(r"\\(.)", r"\1", anchored[1]), []).append(at)
+            elif _LITERAL.fullmatch(key):
+                dots = tuple(i for i, sign in enumerate(key) if sign == ".")
+                self._ends.setdefault((len(key), dots), {}).setdefault(key, []).append(at)
+            else:
+                self._tests.append((at, re.compile(_whole(key)).match))
         self._known: dict[str, tuple[int, ...]] = {}
 
     def matches(self, name: str) -> tuple[int, ...]:
         """Return the positions of all keys that match `name`; the first is the one that holds."""
         if name not in self._known:
-            self._known[name] = tuple(i for i, test in enumerate(self._tests) if self._fits(name, *test))
+            found = [at for at, match in self._tests if match(name) is not None]
+            for plain in {name, name.removesuffix("\n")}:  # `$` also matches before a line break
+                found += self._whole_paths.get(plain, ())
+                found += self._by_end(plain)
+            self._known[name] = tuple(sorted(found))
         return self._known[name]
 
-    @staticmethod
-    def _fits(name: str, plain: int, match: Callable[[str], object]) -> bool:
-        if plain and not name.endswith("\n"):  # `$` also matches before a line break
-            before = len(name) - plain - 1
-            if before < -1 or (before >= 0 and name[before] != "."):
-                return False
-        return match(name) is not None
+    def _by_end(self, name: str) -> list[int]:
+        """Return the positions of the plain keys that a name ends in, from a dot on."""
+        found: list[int] = []
+        if "\n" in name:  # which no dot stands for
+            return found
+        for (length, dots), keys in self._ends.items():
+            start = len(name) - length
+            if start < 0 or (start > 0 and name[start - 1] != "."):
+                continue
+            signs = list(name[start:])
+            for dot in dots:
+                signs[dot] = "."
+            found += keys.get("".join(signs), ())
+        return found
 
     def first(self, name: str, default: Number) -> Number:
         """Return the value of the first key that matches, else `default`."""
@@ -183,10 +207,19 @@ def _pattern(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, 
             f"{where}: `{field}` is a JSON {type(found).__name__}; wanted an object from module patterns to numbers."
         )
     for key in found:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: the key {key!r:.60} of `{field}` is no text; put it in quotes.")
+        if _LITERAL.fullmatch(key) or _ANCHORED.fullmatch(key):
+            continue
         try:
             re.compile(_whole(key))
         except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(
                 f"{where}: the key {key!r:.200} of `{field}` is no regular expression: {error}."
             ) from error
+        if (slow := why_slow(key)) is not None:
+            raise ConfigError(
+                f"{where}: the key {key!r:.200} of `{field}` may take forever to compare with names: {slow}. Spell "
+                "the module's path out, or use `.*`."
+            )
     return found

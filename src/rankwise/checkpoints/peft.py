@@ -27,7 +27,7 @@ _KEY: Final = re.compile(
     r"(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?"
 )
 
-_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of `init_lora_weights` (or how they begin) under which PEFT changes the base weights."""
 
 _KEEPS_BASE: Final = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
@@ -113,6 +113,17 @@ def _pattern_name(path: str) -> str:
     """Return the name that PEFT matches patterns with: one prefix off, also where there are two."""
     path = path.removeprefix(PREFIX).removesuffix(".base_layer.out_proj")  # of nn.MultiheadAttention
     return path.replace(".base_layer.", ".").removesuffix(".base_layer")
+
+
+def module_path(tensor: str) -> str:
+    """Return the path of the module that a factor belongs to, as stored; the tensor's name where it is no factor."""
+    match = _KEY.fullmatch(tensor)
+    return tensor if match is None else match["module"]
+
+
+def pattern_name(path: str) -> str:
+    """Return the name that PEFT matches patterns and targets with, for a path as stored."""
+    return _pattern_name(path)
 
 
 def _targets(config: Mapping[str, Any] | None, where: str) -> tuple[str, ...]:
@@ -245,7 +256,7 @@ def _note_config(draft: Draft, config: Mapping[str, Any] | None, settings: LoraS
     word = str(init).lower()
     if init is None or word in _KEEPS_BASE:
         return
-    known = word.startswith(_CHANGES_BASE)
+    known = word.startswith(CHANGES_BASE)
     text = (
         f"`init_lora_weights` is {init!r:.60}. "
         + ("PEFT changes the base weights at this start" if known else "It is not known to keep the base weights")

@@ -57,6 +57,10 @@ class Store(abc.ABC):
             MalformedFileError: the file ends before that.
         """
 
+    def stamp(self, name: str) -> str:  # noqa: ARG002 - for stores that know one
+        """Return what changes when a file is written anew: a date or an entity tag; empty where nothing is known."""
+        return ""
+
     def path(self, name: str) -> Path | None:  # noqa: ARG002 - for local stores
         """Return the local path of a file, or None where it is remote."""
         return None
@@ -128,6 +132,13 @@ class LocalStore(Store):
     def has(self, name: str) -> bool:
         """Tell whether a file is there, also in a folder that may not be listed."""
         return os.path.lexists(self.path(name))  # a pipe or a folder of that name is refused by `size`
+
+    def stamp(self, name: str) -> str:
+        """Return the time of the last change in nanoseconds."""
+        try:
+            return str(self.path(name).stat().st_mtime_ns)
+        except (OSError, ValueError) as error:
+            raise os_error(error, self.label(name)) from error
 
     def path(self, name: str) -> Path:
         """Return the path of a file."""
@@ -226,6 +237,15 @@ class RemoteStore(Store):
             )
         self._asked[name] = size
         return size
+
+    def stamp(self, name: str) -> str:
+        """Return the entity tag, the hash or the date that the filesystem gives."""
+        try:
+            facts = self._fs.info(self._path(name))
+        except Exception as error:
+            raise remote_error(error, self.label(name)) from error
+        known = (facts.get(key) for key in ("ETag", "etag", "lfs", "blob_id", "LastModified", "mtime", "created"))
+        return next((str(value) for value in known if value), "")
 
     def read(self, name: str, start: int, length: int) -> Array:
         """Fetch one range."""

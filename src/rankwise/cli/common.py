@@ -16,7 +16,18 @@ from rich.console import Console
 from rankwise.errors import UsageError
 
 if TYPE_CHECKING:
-    from rankwise.records import RecallRecord, SimulationRecord, SpectraRecord
+    from rankwise.records import (
+        ConversionRecord,
+        CounterTestRecord,
+        ExtractionRecord,
+        LintRecord,
+        PlanRecord,
+        ProbeRecord,
+        RecallRecord,
+        SimulationRecord,
+        SpectraRecord,
+        StabilityRecord,
+    )
 
 EXIT_OK: Final = 0
 EXIT_DEFECT: Final = 1
@@ -67,6 +78,18 @@ Numbers = Annotated[
 """A list of whole numbers, with commas or spaces."""
 
 
+def whole_number(_: Any, tokens: Sequence[Any]) -> int:
+    """Take a whole number as it is written: 0.99 is no rank, and is not rounded to one."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise UsageError(f"{tokens[0].keyword}: wanted a whole number; got {tokens[0].value!r}") from None
+
+
+Whole = Annotated[int, Parameter(converter=whole_number)]
+"""One whole number; the parser itself would round."""
+
+
 def words_of(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
     """Turn `a,b` and `a b` into the same words; a comma inside a regular expression's braces stays."""
     return tuple(word for token in tokens for word in re.split(r",(?![^{]*\})|\s+", token.value.strip()) if word)
@@ -105,7 +128,19 @@ def check_outputs(output: Output) -> None:
         check_writable(path, force=output.force)
 
 
-def write_outputs(record: SpectraRecord | SimulationRecord | RecallRecord, output: Output) -> None:
+def write_outputs(
+    record: ExtractionRecord
+    | SpectraRecord
+    | SimulationRecord
+    | PlanRecord
+    | ConversionRecord
+    | RecallRecord
+    | LintRecord
+    | StabilityRecord
+    | ProbeRecord
+    | CounterTestRecord,
+    output: Output,
+) -> None:
     """Write the record and the page where they were asked for, and the record to stdout with --json."""
     from rankwise.files import write_texts
     from rankwise.records import to_json

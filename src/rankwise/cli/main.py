@@ -24,7 +24,14 @@ COMMANDS: Final[dict[str, str]] = {
     "demo": "Show the whole story on the built-in model and facts, on a laptop CPU in minutes.",
     "simulate": "Plant style and fact updates: what a rank holds, and what scaling collapse is and is not.",
     "inspect": "Show what an update is made of: the spectrum of every module of an adapter or of tuned - base.",
+    "plan": "Choose a rank and an alpha for every module, under a budget or an error, and write trainers' configs.",
+    "convert": "Write an adapter in another rank, scaling rule, layout or file format: the same function.",
+    "lint": "Find mistakes in rank, alpha, rule and patterns, and what a serving runtime would do with them.",
+    "check": "Measure whether a scaling rule is stable over ranks, for this model, data, optimizer and init.",
+    "extract": "Make a LoRA adapter out of a full fine-tune: ranks by module, errors certified.",
+    "probe": "Say before any training how much there is to learn, what holds it, and what to start with.",
     "train": "Fine-tune with LoRA at high rank, watched for collapse; recall and forgetting are measured.",
+    "sweep": "Train rank x rule x learning rate x seed, on one machine or a Ray cluster, and say what the grid says.",
     "recall": "Measure what an adapter recalls of a data set, in bits, and what it forgot.",
 }
 """Command -> its line in the help. The function of the same name stands in `rankwise.cli.NAME`."""

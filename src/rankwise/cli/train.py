@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from rankwise.cli.common import EXIT_OK, OUTPUT, Words, argv
+from rankwise.cli.common import EXIT_OK, OUTPUT, Whole, Words, argv
 
 LORA = Group("LoRA", sort_key=10)
 LOOP = Group("Training", sort_key=20)
@@ -33,7 +33,7 @@ class Lora:
     """
 
     preset: str | None = None
-    rank: int | None = None
+    rank: Whole | None = None
     lora_alpha: float | None = None
     scaling: str | None = None
     plan: Path | None = None

@@ -3,7 +3,8 @@
 In: numbers and words. Out: frozen structs, their JSON, and readers that refuse what they do not know.
 This package owns every format, its version and its history.
 
-History: spectra/1, simulation/1, plan/1, run/1, dry-run/1, recall/1 and demo/1 since 0.1.
+History: spectra/1, simulation/1, plan/1, run/1, dry-run/1, recall/1, demo/1, conversion/1, extraction/1,
+lint/1, stability/1, probe/1 and counter-test/1 since 0.1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,35 @@ from pathlib import Path
 
 from rankwise.errors import RecordError
 from rankwise.records.base import Finding, Level, Part, R, Record, Skipped, from_json, now, to_json, version
-from rankwise.records.plan import PlannedModule, PlanRecord
+from rankwise.records.conversion import Addend, ConversionRecord, ConvertedModule, ServedScale, Setting
+from rankwise.records.extraction import (
+    Calibration,
+    ExtractedModule,
+    ExtractionRecord,
+    NotExtracted,
+    WholeModule,
+)
+from rankwise.records.lint import LintFinding, LintRecord, LintScale, LintSource
+from rankwise.records.plan import (
+    CurvePoint,
+    LeftOut,
+    Optimality,
+    PlanChoice,
+    PlannedModule,
+    PlanRecord,
+    UniformRank,
+)
+from rankwise.records.probe import (
+    CounterMove,
+    CounterTestRecord,
+    ProbeCapacity,
+    ProbeGradient,
+    ProbeLook,
+    ProbeRate,
+    ProbeRecord,
+    ProbeRow,
+    SweepCell,
+)
 from rankwise.records.runs import (
     AttributeRecall,
     DemoRecord,
@@ -34,24 +63,78 @@ from rankwise.records.runs import (
 )
 from rankwise.records.simulation import ScaledError, ScaleRow, SimulatedUpdate, SimulationRecord, SimulationRow
 from rankwise.records.spectra import ModuleSpectrum, SpectraRecord, SpectraSummary
+from rankwise.records.stability import (
+    StabilityAdvice,
+    StabilityCell,
+    StabilityConfig,
+    StabilityRecord,
+    StabilityRow,
+    StabilityVerdict,
+    Transfer,
+    TransferProof,
+    Verdict,
+    exponent_words,
+)
+from rankwise.records.sweep import (
+    Edge,
+    Effect,
+    Estimate,
+    RankEffect,
+    RateExponent,
+    Score,
+    SweepBest,
+    SweepConfig,
+    SweepDryRunRecord,
+    SweepPoint,
+    SweepRecord,
+    SweepRun,
+)
 
 __all__ = [
     "RECORDS",
+    "Addend",
     "AttributeRecall",
+    "Calibration",
+    "ConversionRecord",
+    "ConvertedModule",
+    "CounterMove",
+    "CounterTestRecord",
+    "CurvePoint",
     "DemoRecord",
     "DemoRun",
     "DryRunRecord",
+    "Edge",
+    "Effect",
+    "Estimate",
+    "ExtractedModule",
+    "ExtractionRecord",
     "Finding",
     "Forgetting",
     "GroupHealth",
     "GroupScale",
+    "LeftOut",
     "Level",
+    "LintFinding",
+    "LintRecord",
+    "LintScale",
+    "LintSource",
     "LossPoint",
     "Memory",
     "ModuleSpectrum",
+    "NotExtracted",
+    "Optimality",
     "Part",
+    "PlanChoice",
     "PlanRecord",
     "PlannedModule",
+    "ProbeCapacity",
+    "ProbeGradient",
+    "ProbeLook",
+    "ProbeRate",
+    "ProbeRecord",
+    "ProbeRow",
+    "RankEffect",
+    "RateExponent",
     "Recall",
     "RecallRecord",
     "RecallScore",
@@ -60,13 +143,35 @@ __all__ = [
     "RunRecord",
     "ScaleRow",
     "ScaledError",
+    "Score",
+    "ServedScale",
+    "Setting",
     "SimulatedUpdate",
     "SimulationRecord",
     "SimulationRow",
     "Skipped",
     "SpectraRecord",
     "SpectraSummary",
+    "StabilityAdvice",
+    "StabilityCell",
+    "StabilityConfig",
+    "StabilityRecord",
+    "StabilityRow",
+    "StabilityVerdict",
     "Status",
+    "SweepBest",
+    "SweepCell",
+    "SweepConfig",
+    "SweepDryRunRecord",
+    "SweepPoint",
+    "SweepRecord",
+    "SweepRun",
+    "Transfer",
+    "TransferProof",
+    "UniformRank",
+    "Verdict",
+    "WholeModule",
+    "exponent_words",
     "from_json",
     "now",
     "read_any_record",
@@ -78,7 +183,23 @@ __all__ = [
 
 RECORDS: dict[str, type[Record]] = {
     kind.FORMAT: kind
-    for kind in (SpectraRecord, SimulationRecord, PlanRecord, RunRecord, DryRunRecord, RecallRecord, DemoRecord)
+    for kind in (
+        SpectraRecord,
+        SimulationRecord,
+        PlanRecord,
+        RunRecord,
+        DryRunRecord,
+        RecallRecord,
+        DemoRecord,
+        LintRecord,
+        StabilityRecord,
+        ConversionRecord,
+        ExtractionRecord,
+        ProbeRecord,
+        CounterTestRecord,
+        SweepRecord,
+        SweepDryRunRecord,
+    )
 }
 """Format string -> record class."""
 

@@ -18,12 +18,32 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from rankwise.errors import RecordError
-from rankwise.records import DemoRecord, RecallRecord, Record, RunRecord, SimulationRecord, SpectraRecord
+from rankwise.records import (
+    ConversionRecord,
+    CounterTestRecord,
+    DemoRecord,
+    ExtractionRecord,
+    LintRecord,
+    PlanRecord,
+    ProbeRecord,
+    RecallRecord,
+    Record,
+    RunRecord,
+    SimulationRecord,
+    SpectraRecord,
+    StabilityRecord,
+)
 from rankwise.report import words
+from rankwise.report.conversion_contents import conversion_contents
 from rankwise.report.demo_contents import demo_contents
 from rankwise.report.drawing import Figure, Table
+from rankwise.report.extraction_contents import extraction_contents
 from rankwise.report.figures import FIGURES
+from rankwise.report.lint_contents import lint_contents
+from rankwise.report.plan_contents import plan_contents
+from rankwise.report.probe_contents import counter_contents, probe_contents
 from rankwise.report.run_contents import recall_contents, run_contents
+from rankwise.report.stability_contents import stability_contents
 from rankwise.report.table import module_table
 
 PLOTLY: Final = "plotly-cartesian-4.1.1"
@@ -132,14 +152,34 @@ def _simulation(record: SimulationRecord) -> dict[str, Any]:
 PAGES: Final[dict[type[Record], tuple[str, Callable[[Any], dict[str, Any]]]]] = {
     SpectraRecord: ("spectra.html", _spectra),
     SimulationRecord: ("simulation.html", _simulation),
+    PlanRecord: ("plan.html", plan_contents),
+    ConversionRecord: ("conversion.html", conversion_contents),
+    ExtractionRecord: ("extraction.html", extraction_contents),
     RunRecord: ("run.html", run_contents),
     RecallRecord: ("recall.html", recall_contents),
+    LintRecord: ("lint.html", lint_contents),
     DemoRecord: ("demo.html", demo_contents),
+    ProbeRecord: ("probe.html", probe_contents),
+    CounterTestRecord: ("counter_test.html", counter_contents),
+    StabilityRecord: ("stability.html", stability_contents),
 }
 """Record class -> template and the function that fills it."""
 
 
-def render_page(record: SpectraRecord | SimulationRecord | RunRecord | RecallRecord | DemoRecord) -> str:
+def render_page(
+    record: SpectraRecord
+    | SimulationRecord
+    | PlanRecord
+    | ConversionRecord
+    | ExtractionRecord
+    | RunRecord
+    | RecallRecord
+    | DemoRecord
+    | LintRecord
+    | StabilityRecord
+    | ProbeRecord
+    | CounterTestRecord,
+) -> str:
     """Return one self-contained HTML document: it opens without a network, in light and dark.
 
     Args:

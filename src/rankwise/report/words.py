@@ -11,14 +11,21 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from rankwise.records import (
+    ConversionRecord,
+    CounterTestRecord,
     DemoRecord,
+    ExtractionRecord,
     Finding,
+    LintRecord,
     ModuleSpectrum,
+    PlanRecord,
+    ProbeRecord,
     RecallRecord,
     Record,
     RunRecord,
     SimulationRecord,
     SpectraRecord,
+    StabilityRecord,
 )
 from rankwise.report.drawing import known
 
@@ -102,13 +109,29 @@ def title(record: Record) -> str:
         return f"What changed {base}to “{short(record.source)}”"
     if isinstance(record, SimulationRecord):
         return "What a rank keeps of a style update and of a fact update"
+    if isinstance(record, PlanRecord):
+        return "A rank for every module" + (f" of “{short(record.source)}”" if record.source else "")
+    if isinstance(record, ExtractionRecord):
+        return f"What an adapter holds of “{short(record.tuned)}”"
+    if isinstance(record, ConversionRecord):
+        return f"What became of the adapter “{short(record.source)}”"
     if isinstance(record, RunRecord):
         return f"Training on “{short(record.config.data)}”"
     if isinstance(record, RecallRecord):
         who = f"the adapter “{short(record.adapter)}”" if record.adapter is not None else f"“{short(record.model)}”"
         return f"What {who} recalls of “{short(record.data)}”"
+    if isinstance(record, LintRecord):
+        first = f"“{short(record.sources[0].path)}”" if record.sources else "nothing"
+        more = "" if len(record.sources) < 2 else f" and {count(len(record.sources) - 1, 'other')}"
+        return f"Ranks, alphas and scales of {first}{more}"
+    if isinstance(record, ProbeRecord):
+        return f"What there is to learn in “{short(record.data)}”"
+    if isinstance(record, CounterTestRecord):
+        return f"Was the adapter “{short(record.adapter)}” starved?"
     if isinstance(record, DemoRecord):
         return "What rank, scaling and learning rate do to recalled facts"
+    if isinstance(record, StabilityRecord):
+        return f"How the branch goes with the rank on “{short(record.config.data)}”"
     return record.format
 
 
@@ -239,13 +262,28 @@ def _sources(record: Record) -> list[tuple[str, str]]:
     """Return what went into a record, by name."""
     if isinstance(record, SpectraRecord):
         return [("source", record.source), ("base", UNKNOWN if record.base is None else record.base)]
+    if isinstance(record, PlanRecord):
+        return [("source", record.source or UNKNOWN), ("base", record.base or UNKNOWN)]
+    if isinstance(record, ExtractionRecord):
+        return [("base", record.base), ("tuned", record.tuned), ("adapter", record.out)]
+    if isinstance(record, ConversionRecord):
+        adapters = ", ".join(f"{a.source} × {a.weight:g}" if a.weight != 1 else a.source for a in record.adapters)
+        return [("adapter", adapters), ("written to", record.out)]
     if isinstance(record, RunRecord):
         return [("model", record.config.model), ("data", record.config.data)]
     if isinstance(record, RecallRecord):
         adapter = UNKNOWN if record.adapter is None else record.adapter
         return [("model", record.model), ("adapter", adapter), ("data", record.data)]
+    if isinstance(record, LintRecord):
+        return [("sources", ", ".join(s.path for s in record.sources)), ("model", record.model or UNKNOWN)]
+    if isinstance(record, ProbeRecord):
+        return [("model", record.model), ("data", record.data)]
+    if isinstance(record, CounterTestRecord):
+        return [("model", record.model), ("adapter", record.adapter), ("data", record.data)]
     if isinstance(record, DemoRecord):
         return [("model", record.model), ("data", record.data), ("style data", record.style_data)]
+    if isinstance(record, StabilityRecord):
+        return [("model", record.config.model), ("data", record.config.data)]
     return []
 
 

@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 from rankwise.checkpoints.stores import printable
 from rankwise.errors import (
@@ -36,6 +36,9 @@ from rankwise.tuning.data_rows import (
 )
 from rankwise.tuning.data_sources import dataset_part, parts_of
 from rankwise.tuning.encoding import IGNORED, encode
+
+if TYPE_CHECKING:
+    from rankwise.tuning.world.builtin import BuiltIn
 
 
 class Places(Sequence[str]):
@@ -91,6 +94,19 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def builtin_examples(builtin: BuiltIn) -> Examples:
+    """Return the rows of a data set of the built-in world as examples.
+
+    >>> from rankwise.tuning.world.builtin import read_builtin
+    >>> made = builtin_examples(read_builtin("rankwise:facts?n=2"))
+    >>> made.form, made.places[0]
+    ('prompt-completion', 'rankwise:facts?n=2&seed=0, row 1')
+    """
+    places = [f"{builtin.name}, row {i}" for i in range(1, len(builtin.rows) + 1)]
+    form: Form = "text" if "text" in builtin.rows[0] else "prompt-completion"
+    return Examples(name=builtin.name, form=form, rows=builtin.rows, places=places)
 
 
 def read_data(data: object, *, split: str = "train", limit: int | None = None) -> Examples:

@@ -71,7 +71,7 @@ def recall(
     if builtin is not None and not builtin.questions:
         raise NothingToMeasureError(f"{data} holds no facts to ask for; see rankwise:facts and rankwise:style")
     examples = None if builtin is not None else read_data(data)
-    modules = None if adapter is None else _check_adapter(adapter)
+    modules = None if adapter is None else check_adapter(adapter)
     if adapter is None and not hasattr(model, "disable_adapter"):
         raise WrongKindError("the model has no adapter, and none was given; there is nothing to compare with its base")
     bare = model if adapter is not None else model.get_base_model()
@@ -89,7 +89,7 @@ def recall(
             tuned = model
         else:
             stack.enter_context(borrowed(loaded.model))
-            tuned = _attach(loaded.model, fspath(adapter) if adapter is not None else "", modules)
+            tuned = attach_adapter(loaded.model, fspath(adapter) if adapter is not None else "", modules)
         say("measuring the base", 0, 3)
         with scoring.base_of(tuned):
             base = scoring.take(tuned, quiz)
@@ -123,7 +123,7 @@ def recall(
     )
 
 
-def _check_adapter(adapter: str | PathLike[str]) -> set[str]:
+def check_adapter(adapter: str | PathLike[str]) -> set[str]:
     """Refuse what is no LoRA adapter, from its files, before a model is loaded; return its modules."""
     from rankwise.checkpoints import open_source
     from rankwise.checkpoints.model import Adapter
@@ -136,7 +136,7 @@ def _check_adapter(adapter: str | PathLike[str]) -> set[str]:
         return {module.module for module in opened.modules}
 
 
-def _attach(model: Any, adapter: str, modules: set[str]) -> Any:
+def attach_adapter(model: Any, adapter: str, modules: set[str]) -> Any:
     """Put an adapter on its base; refuse one that does not fit."""
     import torch
     from peft import PeftModel

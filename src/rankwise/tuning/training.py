@@ -325,19 +325,14 @@ def prepare(model: Any, data: Any, options: Options, *, tokenizer: Any = None, d
     Raises:
         RankwiseError: anything is wrong with them.
     """
-    from rankwise.tuning.data import Examples, check_examples, read_data
-    from rankwise.tuning.data_rows import Form
+    from rankwise.tuning.data import builtin_examples, check_examples, read_data
     from rankwise.tuning.encoding import encode
     from rankwise.tuning.models import load_model
     from rankwise.tuning.targets import matching_modules
 
     settings = settle(options, model)
     builtin = read_builtin(data) if is_builtin(data) else None
-    if builtin is not None:
-        form: Form = "text" if "text" in builtin.rows[0] else "prompt-completion"
-        examples = Examples(name=builtin.name, form=form, rows=builtin.rows, places=())
-    else:
-        examples = read_data(data)
+    examples = read_data(data) if builtin is None else builtin_examples(builtin)
     loaded = load_model(model, device=device, tokenizer=tokenizer)
     length = _length(options, loaded.context)
     check_examples(examples, loaded.tokenizer, length)

@@ -7,22 +7,43 @@ the same record gives the same bytes.
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from rankwise.records import DemoRecord, RecallRecord, Record, RunRecord, SimulationRecord, SpectraRecord
+from rankwise.records import (
+    ConversionRecord,
+    CounterTestRecord,
+    DemoRecord,
+    ExtractionRecord,
+    PlanRecord,
+    ProbeRecord,
+    RecallRecord,
+    Record,
+    RunRecord,
+    SimulationRecord,
+    SpectraRecord,
+    StabilityRecord,
+)
 from rankwise.report.drawing import Figure
 from rankwise.report.figures import (
+    conversion_error,
+    counter_moves,
     energy,
     exact_recall,
+    extraction_error,
     health,
     heat_map,
     loss_curve,
+    plan_curve,
+    plan_ranks,
     planted_energy,
     planted_values,
+    probe_bits,
+    probe_gradient,
     recall_attributes,
     recall_forgetting,
     recall_splits,
     recalled_bits,
     scaled_error,
     singular_values,
+    stability,
     trained_energy,
 )
 
@@ -41,6 +62,11 @@ FIGURES: Final[dict[str, Row]] = {
     "planted-energy": Row(SimulationRecord, planted_energy.draw),
     "planted-values": Row(SimulationRecord, planted_values.draw),
     "scaled-error": Row(SimulationRecord, scaled_error.draw),
+    "plan-curve": Row(PlanRecord, plan_curve.draw),
+    "plan-ranks": Row(PlanRecord, plan_ranks.draw),
+    "conversion-error": Row(ConversionRecord, conversion_error.draw),
+    "extraction-error": Row(ExtractionRecord, extraction_error.draw_error),
+    "extraction-ranks": Row(ExtractionRecord, extraction_error.draw_ranks),
     "loss": Row(RunRecord, loss_curve.draw),
     "recall-splits": Row((RunRecord, RecallRecord), recall_splits.draw),
     "recall-attributes": Row((RunRecord, RecallRecord), recall_attributes.draw),
@@ -50,5 +76,12 @@ FIGURES: Final[dict[str, Row]] = {
     "exact-recall": Row(DemoRecord, exact_recall.draw),
     "recall-forgetting": Row(DemoRecord, recall_forgetting.draw),
     "trained-energy": Row(DemoRecord, trained_energy.draw),
+    "stability-ranks": Row(StabilityRecord, stability.draw_ranks),
+    "stability-steps": Row(StabilityRecord, stability.draw_steps),
+    "probe-parts": Row(ProbeRecord, probe_bits.draw_parts),
+    "probe-rows": Row(ProbeRecord, probe_bits.draw_rows),
+    "probe-rates": Row(ProbeRecord, probe_bits.draw_rates),
+    "probe-gradient": Row(ProbeRecord, probe_gradient.draw),
+    "counter-moves": Row(CounterTestRecord, counter_moves.draw),
 }
 """Name of a figure and its anchor in the page -> the record it is of and its function, in reading order."""

@@ -91,7 +91,7 @@ def place(module: str) -> tuple[str, str]:
     return str(int(found[0])), module[: found.start()] + "*" + module[found.end() :]
 
 
-def _column_labels(columns: Sequence[str]) -> list[str]:
+def column_labels(columns: Sequence[str]) -> list[str]:
     """Shorten column paths to what tells them apart: the common beginning goes, up to a dot."""
     inner = [c for c in columns if "*" in c]
     alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*(c.split(".") for c in inner), strict=False))
@@ -200,7 +200,7 @@ def draw(record: SpectraRecord) -> Figure | None:
         return None
     limited = sum(m.rounding_limited for m in record.modules)
     first = "signal_rank" if limited and "signal_rank" in drawable else next(iter(drawable))
-    labels = _column_labels(grid.columns)
+    labels = column_labels(grid.columns)
     tall = 20 if len(grid.layers) <= MOST_TALL_ROWS else 13
     height = min(1300, max(250, 170 + tall * len(grid.layers)))
     columns = axis("", type="category", side="bottom", showgrid=False, showline=False, ticks="")

@@ -1,0 +1,106 @@
+"""The grid in the words of others: axolotl's sweep file and a W&B sweep.
+
+In: a sweep that was asked for. Out: YAML text.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from rankwise.errors import UsageError
+from rankwise.sweeping.grid import Grid
+from rankwise.sweeping.settings import TRAINING, Request
+from rankwise.tuning.options import DEFAULT_ALPHA
+
+
+def axolotl(request: Request, grid: Grid) -> str:
+    """Return a file for `axolotl train config.yml --sweep FILE`.
+
+    Lists are crossed; the list under `_` holds values that move together: a rank, its alpha and the rule. axolotl has
+    no rule `unscaled`; alpha times r under alpha / r is the same factor.
+    """
+    alpha = request.settings["lora_alpha"] or DEFAULT_ALPHA
+    together = [
+        {
+            "lora_r": rank,
+            "lora_alpha": _whole(alpha * rank if rule == "unscaled" else alpha),
+            "peft_use_rslora": rule == "rslora",
+        }
+        for rule in grid.scaling
+        for rank in grid.ranks
+    ]
+    lists = {"learning_rate": list(grid.learning_rates), "seed": list(grid.seeds), "_": together}
+    head = (
+        f"# rank x rule x learning rate x seed: {len(grid.cells)} runs.\n"
+        "# axolotl train CONFIG.yml --sweep THIS_FILE\n"
+        "# Model, data and everything else stand in CONFIG.yml.\n"
+    )
+    return head + _yaml(lists)
+
+
+def wandb(request: Request, grid: Grid) -> str:
+    """Return a file for `wandb sweep FILE`: every agent calls `rankwise train`, into a folder of its run's id."""
+    words = ["rankwise", "train", request.model, request.data, *flags_of(request)]
+    line = f'{shlex.join(words)} --report-to wandb -o "runs/$WANDB_RUN_ID" "$@"'
+    sweep = {
+        "method": "grid",
+        "metric": {"name": "train/loss", "goal": "minimize"},
+        "parameters": {
+            "rank": {"values": list(grid.ranks)},
+            "scaling": {"values": list(grid.scaling)},
+            "learning-rate": {"values": list(grid.learning_rates)},
+            "seed": {"values": list(grid.seeds)},
+        },
+        # a shell, because no macro of W&B's gives the id of the run; ${args} is --rank=4 --scaling=lora ...
+        "command": ["bash", "-c", line, "rankwise", "${args}"],
+    }
+    return f"# rank x rule x learning rate x seed: {len(grid.cells)} runs.\n# wandb sweep THIS_FILE\n" + _yaml(sweep)
+
+
+def flags_of(request: Request) -> list[str]:
+    """Return the flags of `train` for the settings that are not at its default."""
+    words = []
+    for name, value in request.settings.items():
+        if value == TRAINING[name] or name in ("report_to", "save_every"):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else _short(value)]
+    return [*words, "--save-every", str(request.settings["save_every"])]
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(value, sort_keys=False, default_flow_style=False, width=1000))
+
+
+EXPORTS: Final[dict[str, Callable[[Request, Grid], str]]] = {"axolotl": axolotl, "wandb": wandb}
+"""Name -> the function that writes the grid."""
+
+
+def export(to: str, request: Request, grid: Grid) -> str:
+    """Return the grid in another tool's words.
+
+    Raises:
+        UsageError: there is no such export.
+    """
+    if to not in EXPORTS:
+        raise UsageError(f"--export: there is no {to!r}; there are: {', '.join(_names(EXPORTS))}")
+    return EXPORTS[to](request, grid)
+
+
+def _names(table: dict[str, Any]) -> Sequence[str]:
+    return tuple(table)

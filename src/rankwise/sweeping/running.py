@@ -1,0 +1,528 @@
+"""`sweep`: rank x rule x learning rate x seed, resumable, on one machine or on a Ray cluster.
+
+In: a model, data, a grid. Out: a folder with a run a cell, and a sweep/1 record of what they say.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from rankwise import errors
+from rankwise.errors import AllRunsFailedError, RankwiseError, UsageError
+from rankwise.files import write_texts
+from rankwise.records import (
+    DryRunRecord,
+    RunRecord,
+    SweepConfig,
+    SweepDryRunRecord,
+    SweepRecord,
+    SweepRun,
+    now,
+    to_json,
+    version,
+)
+from rankwise.scaling import scaling as factor_of
+from rankwise.sweeping import collecting, folder
+from rankwise.sweeping.answers import answer
+from rankwise.sweeping.cells import METRICS, Ended, Refused, Task, look_ahead, metrics_of, train_cell
+from rankwise.sweeping.engine import Engine, Needs
+from rankwise.sweeping.grid import DEFAULT_RANKS, DEFAULT_SCALING, DEFAULT_SEEDS, Cell, Grid, make_grid, seeds_of
+from rankwise.sweeping.sentences import findings, sentences
+from rankwise.sweeping.settings import (
+    GRID,
+    MACHINES,
+    Request,
+    check_cells,
+    default_rates,
+    make_request,
+    read_config,
+)
+from rankwise.tuning.runs import RECORD
+
+GIB: Final = 2**30
+SLACK: Final = 1.25
+"""On the memory that a dry run counts: the allocator's slack and temporary buffers."""
+
+LIBRARIES: Final = GIB
+"""Of torch, transformers, peft and trl in a worker, before the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a sweep is, for those who watch.
+
+    Attributes:
+        grid: what was asked for.
+        rows: name -> the figures of a cell that is over.
+        there: number of these that were there before.
+        at_once: cells that run at the same time.
+        note: what is being done where that is not running cells.
+    """
+
+    grid: Grid
+    rows: Mapping[str, SweepRun]
+    there: int
+    at_once: int
+    note: str = ""
+
+
+Progress = Callable[[Standing], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """Where and how many at once."""
+
+    cluster: str | None = None
+    jobs: int | None = None
+    cpus_per_run: float = 1.0
+    gpus_per_run: float | None = None
+    memory_per_run: float | None = None
+    device: str | None = None
+    keep_adapters: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A sweep with no question left open."""
+
+    request: Request
+    grid: Grid
+    machines: Machines
+
+
+@dataclass(slots=True)
+class _Sweep:
+    """A sweep under way.
+
+    Attributes:
+        asked: what was asked for.
+        out: its folder.
+        work: the function that runs a cell.
+        look: the function that looks at one beforehand.
+        command: argv for the records.
+        progress: is told how far it is.
+        read: name -> what is known of the cells that are over.
+        there: number of cells that were over before.
+    """
+
+    asked: Asked
+    out: Path
+    work: Callable[[Task], Ended] = train_cell
+    look: Callable[[Task], bytes | Refused] = look_ahead
+    command: tuple[str, ...] = ()
+    progress: Progress | None = None
+    read: dict[str, collecting.Read] = field(default_factory=dict)
+    there: int = 0
+
+
+def sweep(
+    model: str | PathLike[str] | None,
+    data: str | PathLike[str] | None,
+    *,
+    out: str | PathLike[str],
+    ranks: Sequence[int] | None = None,
+    scaling: str | Sequence[str] | None = None,
+    learning_rates: Sequence[float] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    seed: int = 0,
+    config: str | PathLike[str] | None = None,
+    cluster: str | None = None,
+    jobs: int | None = None,
+    cpus_per_run: float | None = None,
+    gpus_per_run: float | None = None,
+    memory_per_run: float | None = None,
+    device: str | None = None,
+    keep_adapters: bool | None = None,
+    force: bool = False,
+    command: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    **training: Any,
+) -> SweepRecord:
+    """Train every cell of a grid, and say what the grid says.
+
+    Cells that are over are not run again: the same call goes on where a killed one ended, and a call with more ranks,
+    rates or seeds adds to the folder. Failed cells are run again.
+
+    Args:
+        model: folder, hub id or `rankwise:tiny`; None where `config` names it.
+        data: as in `train`; None where `config` names it.
+        out: folder of the sweep, a folder a cell.
+        ranks: default 4, 16, 64.
+        scaling: rules; default lora, rslora.
+        learning_rates: default: train's, a third of it and three times as much.
+        seeds: how many, or which; default 3.
+        seed: the first, where `seeds` is a number.
+        config: YAML file with any of these settings; arguments override it.
+        cluster: address of a Ray cluster; None starts Ray on this machine.
+        jobs: cells at once; None for as many as CPUs, GPUs and memory allow.
+        cpus_per_run: CPU cores of a cell, and its threads; default 1.
+        gpus_per_run: GPUs of a cell, or a share of one; default 1 where there are any and `device` is not "cpu".
+        memory_per_run: GiB of a cell; default: estimated, where it does not run on a GPU.
+        device: as in `train`.
+        keep_adapters: keep the adapters too, and not the records alone.
+        force: begin anew: delete the cells in the folder.
+        command: argv to write into the records.
+        progress: called with a `Standing` now and then.
+        training: flags of `train` that all cells share, such as `epochs=10`.
+
+    Returns:
+        A sweep/1 record, which is also in `out`.
+
+    Raises:
+        RankwiseError: bad settings, data or model, a folder of another sweep, no cluster; or no run came to its end.
+    """
+    given = {
+        "ranks": ranks,
+        "scaling": scaling,
+        "learning_rates": learning_rates,
+        "seeds": seeds,
+        "cluster": cluster,
+        "jobs": jobs,
+        "cpus_per_run": cpus_per_run,
+        "gpus_per_run": gpus_per_run,
+        "memory_per_run": memory_per_run,
+        "device": device,
+        "keep_adapters": keep_adapters,
+        **training,
+    }
+    asked = settle_sweep(model, data, given, seed=seed, config=config)
+    told = tuple(command) if command is not None else (f"rankwise.sweep({asked.request.model!r}, ...)",)
+    return run_sweep(_Sweep(asked, Path(fspath(out)), command=told, progress=progress), force=force)
+
+
+def settle_sweep(
+    model: Any, data: Any, given: Mapping[str, Any], *, seed: int = 0, config: str | PathLike[str] | None = None
+) -> Asked:
+    """Put arguments over a config file over the defaults, and refuse what cannot be.
+
+    Raises:
+        RankwiseError: anything is wrong with them.
+    """
+    settings: dict[str, Any] = {} if config is None else read_config(Path(fspath(config)))
+    settings |= {name: value for name, value in given.items() if value is not None}
+    asked_model, asked_data = settings.pop("model", None), settings.pop("data", None)
+    model, data = asked_model if model is None else model, asked_data if data is None else data
+    if model is None or data is None:
+        raise UsageError("sweep needs a MODEL and DATA, as arguments or in the config file")
+    grid_given = {name: settings.pop(name, None) for name in GRID}
+    if isinstance(grid_given["scaling"], str):
+        grid_given["scaling"] = (grid_given["scaling"],)
+    machines_given: dict[str, Any] = {name: settings.pop(name) for name in MACHINES if name in settings}
+    request = make_request(model, data, settings)
+    seeds = DEFAULT_SEEDS if grid_given["seeds"] is None else grid_given["seeds"]
+    grid = make_grid(
+        DEFAULT_RANKS if grid_given["ranks"] is None else grid_given["ranks"],
+        DEFAULT_SCALING if grid_given["scaling"] is None else grid_given["scaling"],
+        default_rates(request.model) if grid_given["learning_rates"] is None else grid_given["learning_rates"],
+        seeds_of(seeds, seed),
+    )
+    check_cells(request, grid)
+    return Asked(request, grid, _machines(machines_given))
+
+
+def _machines(given: Mapping[str, Any]) -> Machines:
+    """Check what a cell asks of a machine."""
+    machines = Machines(**given)
+    for flag, value, least in (
+        ("--jobs", machines.jobs, 1),
+        ("--cpus-per-run", machines.cpus_per_run, 0.01),
+        ("--gpus-per-run", machines.gpus_per_run, 0),
+        ("--memory-per-run", machines.memory_per_run, 0.001),
+    ):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value) and value >= least):
+            raise UsageError(f"{flag} must be {least} or more, got {value}")
+    gpus = machines.gpus_per_run
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        raise UsageError(f"--gpus-per-run {gpus:g}: a share of one GPU, or a whole number of them")
+    if gpus and machines.device == "cpu":
+        raise UsageError(f"--device cpu and --gpus-per-run {gpus:g} contradict each other")
+    return machines
+
+
+def run_sweep(under_way: _Sweep, *, force: bool = False) -> SweepRecord:
+    """Run what is to do and write the record.
+
+    Raises:
+        RankwiseError: as `sweep`.
+    """
+    begun = time.perf_counter()
+    out, asked = under_way.out, under_way.asked
+    folder.check_sweep_folder(out, force=force)
+    with folder.opened(out, force=force) as work:
+        under_way.read = read_there(out, asked.request)
+        todo = to_do(asked.grid, {name: read.row for name, read in under_way.read.items()})
+        under_way.there = sum(cell.name in under_way.read for cell in asked.grid.cells) - sum(
+            cell.name in under_way.read for cell in todo
+        )
+        _tell(under_way, 1, "starting")
+        if todo:
+            _run(under_way, todo, work)
+        record = record_of(under_way, time.perf_counter() - begun)
+        write_tables(out, record)
+    if not any(cell.status != "failed" for cell in record.cells):
+        first = next((cell.error for cell in record.cells if cell.error), "no reason known")
+        raise AllRunsFailedError(
+            f"all {len(record.cells)} runs failed; the first: {first}. Their records are in {out}; the same command "
+            "runs them again"
+        )
+    return record
+
+
+def read_there(out: Path, request: Request) -> dict[str, collecting.Read]:
+    """Return what is known of the cells in a folder; refuse those of another sweep.
+
+    Raises:
+        UsageError: a cell was run with other settings.
+        RecordError: a cell cannot be read.
+    """
+    found = {}
+    for name in collecting.list_cells(out):
+        folder.check_same(out, name, request)
+        found[name] = collecting.read_cell(out, name)
+    return found
+
+
+def to_do(grid: Grid, rows: Mapping[str, SweepRun]) -> list[Cell]:
+    """Return the cells that are not there, and those that failed."""
+    return [cell for cell in grid.cells if cell.name not in rows or rows[cell.name].status == "failed"]
+
+
+def _tell(under_way: _Sweep, at_once: int, note: str = "") -> None:
+    if under_way.progress is not None:
+        names = {cell.name for cell in under_way.asked.grid.cells}
+        rows = {name: read.row for name, read in under_way.read.items() if name in names}
+        under_way.progress(Standing(under_way.asked.grid, rows, under_way.there, at_once, note))
+
+
+def _run(under_way: _Sweep, todo: Sequence[Cell], work: Path) -> None:
+    """Run cells on Ray and put each into its place as it ends."""
+    asked, machines = under_way.asked, under_way.asked.machines
+    gpus = 0.0 if machines.device == "cpu" else machines.gpus_per_run
+    memory = None if machines.memory_per_run is None else round(machines.memory_per_run * GIB)
+    with Engine(machines.cluster, Needs(machines.cpus_per_run, gpus, memory), machines.jobs) as engine:
+        tasks = dict(_tasks(under_way, todo, engine.needs.threads, work))
+        widest = max(todo, key=lambda cell: cell.rank)
+        _tell(under_way, 1, "looking at model and data")
+        template = _template(engine.call(under_way.look, tasks[widest.name]))
+        _check_data(under_way, template)
+        if memory is None and not engine.needs.gpus:
+            engine.with_memory(round(template.memory.total * SLACK) + LIBRARIES)
+        at_once = min(engine.capacity(), len(todo))
+        _tell(under_way, at_once)
+        for outcome in engine.map(under_way.work, tasks):
+            cell = tasks[outcome.key].cell
+            ended = (
+                outcome.value if isinstance(outcome.value, Ended) else Ended({}, outcome.error or "nothing came back")
+            )
+            files = ended.files
+            if RECORD not in files:
+                record = failed_record(template, cell, ended.error or "it left no record", under_way.command)
+                files = {**files, RECORD: to_json(record).encode(), METRICS: metrics_of(record)}
+            if ended.trace is not None:
+                files = {**files, "traceback.txt": ended.trace.encode("utf-8", "backslashreplace")}
+            folder.put_cell(under_way.out, cell, files, asked.request)
+            under_way.read[outcome.key] = collecting.read_cell(under_way.out, outcome.key)
+            _tell(under_way, at_once)
+
+
+def _tasks(under_way: _Sweep, todo: Sequence[Cell], threads: int, work: Path) -> Iterator[tuple[str, Task]]:
+    machines = under_way.asked.machines
+    for cell in todo:
+        yield (
+            cell.name,
+            Task(
+                request=under_way.asked.request,
+                cell=cell,
+                device=machines.device,
+                threads=threads,
+                keep_adapter=machines.keep_adapters,
+                staging=str(work.resolve()) if machines.cluster is None else None,
+                command=under_way.command,
+            ),
+        )
+
+
+def _template(looked: bytes | Refused) -> DryRunRecord:
+    """Return what a cell would be; raise what is wrong with the input, as if it had been found here."""
+    if isinstance(looked, Refused):
+        kind = getattr(errors, looked.kind, UsageError)
+        if not (isinstance(kind, type) and issubclass(kind, RankwiseError)):
+            kind = UsageError
+        error = kind.__new__(kind)  # some classes make their words from parts, which are not at hand
+        Exception.__init__(error, looked.message)
+        raise error
+    return DryRunRecord.from_json(looked)
+
+
+def _check_data(under_way: _Sweep, template: DryRunRecord) -> None:
+    """Refuse data that have changed under their name since the cells in the folder were run."""
+    for name, read in under_way.read.items():
+        if read.row.status != "failed" and read.data_digest != template.config.data_digest:
+            raise UsageError(
+                f"{under_way.out / name} was trained on other data: {under_way.asked.request.data} has changed since "
+                f"(digest {read.data_digest}, now {template.config.data_digest}). Choose another folder, or begin this "
+                "one anew with --force."
+            )
+
+
+def failed_record(template: DryRunRecord, cell: Cell, error: str, command: tuple[str, ...]) -> RunRecord:
+    """Return the record of a run that left none of its own."""
+    c = template.config
+    alpha = c.lora_alpha
+    groups = tuple(
+        msgspec.structs.replace(
+            group,
+            r=cell.rank,
+            scaling=factor_of(cell.scaling, alpha, cell.rank),
+            params=group.params * cell.rank // c.rank,  # rank times (in + out), module by module
+        )
+        for group in c.groups
+    )
+    config = msgspec.structs.replace(
+        c, rank=cell.rank, scaling=cell.scaling, learning_rate=cell.learning_rate, groups=groups
+    )
+    return RunRecord(
+        format=RunRecord.FORMAT,
+        rankwise=version(),
+        created=now(),
+        command=command,
+        device=template.device,
+        seed=cell.seed,
+        config=config,
+        status="failed",
+        params=template.params * cell.rank // c.rank,
+        steps=0,
+        tokens=None,
+        loss=None,
+        recall=None,
+        forgetting=None,
+        forgetting_detail=None,
+        seconds=None,
+        peak_memory_bytes=None,
+        tokens_per_second=None,
+        losses=(),
+        health=(),
+        findings=(),
+        error=error,
+    )
+
+
+def record_of(under_way: _Sweep, seconds: float) -> SweepRecord:
+    """Return the record of all cells in the folder, those of earlier calls included."""
+    order = sorted(under_way.read.values(), key=lambda r: (r.row.scaling, r.row.rank, r.row.learning_rate, r.row.seed))
+    cells = tuple(read.row for read in order)
+    devices = sorted({read.device for read in order})
+    request = under_way.asked.request
+    return make_record(
+        cells,
+        model=request.model,
+        data=request.data,
+        settings=request.settings,
+        digest=request.digest,
+        command=under_way.command,
+        device=", ".join(devices),
+        seconds=seconds,
+    )
+
+
+def make_record(
+    cells: tuple[SweepRun, ...],
+    *,
+    model: str,
+    data: str,
+    settings: dict[str, Any],
+    digest: str,
+    command: tuple[str, ...],
+    device: str,
+    seconds: float,
+) -> SweepRecord:
+    """Return the record of runs, with all that they say."""
+    found = answer(cells)
+    return SweepRecord(
+        format=SweepRecord.FORMAT,
+        rankwise=version(),
+        created=now(),
+        command=command,
+        device=device,
+        seed=min((cell.seed for cell in cells), default=None),
+        config=SweepConfig(
+            model=model,
+            data=data,
+            ranks=tuple(sorted({cell.rank for cell in cells})),
+            scaling=tuple(sorted({cell.scaling for cell in cells})),
+            learning_rates=tuple(sorted({cell.learning_rate for cell in cells})),
+            seeds=tuple(sorted({cell.seed for cell in cells})),
+            score=found.score,
+            settings=settings,
+            digest=digest,
+        ),
+        runs=tuple(cell.path for cell in cells),
+        best=found.best,
+        cells=cells,
+        points=found.points,
+        rank_effects=found.effects,
+        exponents=found.exponents,
+        answers=sentences(found),
+        findings=findings(found, cells),
+        seconds=seconds,
+    )
+
+
+def write_tables(out: Path, record: SweepRecord) -> None:
+    """Write the record and the tables of its cells into the folder, over those of earlier calls."""
+    csv, parquet = folder.TABLES
+    write_texts({out / folder.RECORD: to_json(record), out / csv: collecting.as_csv(record.cells)}, force=True)
+    content = collecting.as_parquet(record.cells)
+    if content is not None:
+        folder.put_table(out / parquet, content)
+    else:
+        (out / parquet).unlink(missing_ok=True)  # of an earlier call, with other rows
+
+
+def dry_sweep(asked: Asked, out: Path | None, *, command: Sequence[str] = ()) -> SweepDryRunRecord:
+    """Say what a sweep would be, in this process and without Ray. Nothing is written.
+
+    Raises:
+        RankwiseError: as `sweep`.
+    """
+    request, grid = asked.request, asked.grid
+    rows = {}
+    if out is not None:
+        folder.check_sweep_folder(out, force=False)
+        rows = {name: read.row for name, read in read_there(out, request).items()}
+    todo = to_do(grid, rows)
+    widest = max(grid.cells, key=lambda cell: cell.rank)
+    template = _template(look_ahead(Task(request, widest, device=asked.machines.device)))
+    per_rank = {rank: template.params * rank // template.config.rank for rank in grid.ranks}
+    tokens = round(template.tokens * template.epochs)
+    known = [row.seconds for row in rows.values() if row.status == "done" and row.seconds is not None]
+    return SweepDryRunRecord(
+        format=SweepDryRunRecord.FORMAT,
+        rankwise=version(),
+        created=now(),
+        command=tuple(command),
+        device=template.device,
+        seed=grid.seeds[0],
+        model=request.model,
+        data=request.data,
+        cells=tuple(cell.name for cell in grid.cells),
+        there=tuple(cell.name for cell in grid.cells if cell not in set(todo)),
+        settings=request.settings,
+        params_by_rank={str(rank): params for rank, params in per_rank.items()},
+        base_params=template.base_params,
+        steps=template.config.steps,
+        tokens=tokens,
+        memory_bytes=template.memory.total,
+        flops=float(sum(tokens * (4 * template.base_params + 6 * per_rank[cell.rank]) for cell in todo)),
+        seconds=sum(known) / len(known) * len(todo) if known else None,
+    )

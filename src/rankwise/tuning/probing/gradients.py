@@ -1,0 +1,210 @@
+"""Which directions the data pull at: the gradient of every module's weight at the base, from one streamed pass.
+
+In: a model and rows of tokens. Out: for every module the spectrum of its gradient, summed over the rows, and how far
+the rows pull the same way. What is held at once is bounded: large weights keep a random two-sided sketch in place of
+the whole gradient.
+
+The gradient is that of the summed loss in nats of the target tokens, so that rows are added and not averaged. With
+x the input of the layer and g the gradient of its output, the weight's gradient of a row is the sum over its tokens of
+g x', and its squared norm is the sum over pairs of tokens of (g_s . g_t)(x_s . x_t): no row's gradient is ever formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from rankwise.criteria import Spectrum, effective_rank, rank_for_energy, stable_rank
+from rankwise.linalg import matrix_values
+from rankwise.tuning.encoding import IGNORED
+from rankwise.tuning.probing.passes import Batch, Said, TokenRow, batch_of
+from rankwise.tuning.training import borrowed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_HELD: Final = 512 * 2**20
+"""Bytes of whole gradients that are held; modules past it are sketched."""
+
+SKETCH: Final = 256
+"""Sides of a sketch: ranks above a half of it are not told apart from it."""
+
+MOST_TOKENS: Final = 2048
+"""Tokens that go through the model at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """The gradient of one module.
+
+    Attributes:
+        module: dotted path.
+        shape: (out_features, in_features).
+        energy: squared Frobenius norm of the gradient summed over the rows; of a sketch its estimate.
+        stable_rank: energy / sigma_1^2, or None for a gradient of zero.
+        effective_rank: exp of the entropy of sigma^2 / energy, or None.
+        rank_90: smallest rank that holds 90 % of the energy.
+        rank_99: the same for 99 %.
+        coherence: energy / (rows x sum of the energies of the rows' own gradients): 1 where all rows pull the same way,
+            1 / rows where they have nothing in common. None for a gradient of zero.
+        sketched: whether the spectrum is that of a sketch: ranks are then too low where they come near its side.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    energy: float
+    stable_rank: float | None
+    effective_rank: float | None
+    rank_90: int
+    rank_99: int
+    coherence: float | None
+    sketched: bool
+
+
+def pulls(
+    model: Any,
+    shapes: dict[str, tuple[int, int]],
+    rows: Sequence[TokenRow],
+    *,
+    seed: int,
+    most_held: int = MOST_HELD,
+    said: Said | None = None,
+) -> tuple[Pull, ...]:
+    """Measure the gradient of every module.
+
+    Args:
+        model: a causal LM without an adapter; comes back as it was.
+        shapes: module -> (out_features, in_features).
+        rows: examples.
+        seed: of the sketches.
+        most_held: bytes of whole gradients that may be held.
+        said: told the number of rows done.
+    """
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    sums = _Sums(shapes, _sketched(shapes, most_held), device, seed)
+    with borrowed(model) as lent, torch.enable_grad():
+        lent.eval()
+        for p in lent.parameters():
+            p.requires_grad_(False)
+        handles = [lent.get_input_embeddings().register_forward_hook(_begin)]
+        handles += [lent.get_submodule(name).register_forward_hook(sums.listen(name)) for name in shapes]
+        try:
+            done = 0
+            for numbers in _fitting(rows):
+                batch = batch_of(rows, numbers, device)
+                _summed_loss(lent, batch).backward()
+                done += len(numbers)
+                if said is not None:
+                    said(done)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return sums.results(len(rows))
+
+
+def _sketched(shapes: dict[str, tuple[int, int]], most_held: int) -> set[str]:
+    """Return the modules that are sketched: the largest, until the others fit."""
+    held = 4 * sum(out * into for out, into in shapes.values())
+    sketched = set()
+    for name, (out, into) in sorted(shapes.items(), key=lambda item: -math.prod(item[1])):
+        if held <= most_held or min(out, into) <= SKETCH:
+            continue
+        held -= 4 * (out * into - SKETCH * SKETCH)
+        sketched.add(name)
+    return sketched
+
+
+def _begin(_: Any, __: Any, output: Tensor) -> Tensor:
+    """Hook of the embeddings: the graph begins here, since no weight of the model asks for a gradient."""
+    return output.detach().requires_grad_()
+
+
+def _fitting(rows: Sequence[TokenRow]) -> list[list[int]]:
+    """Return numbers of rows of like length, as many as fit into `MOST_TOKENS`."""
+    made: list[list[int]] = [[]]
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
+        if made[-1] and (len(made[-1]) + 1) * len(rows[i].ids) > MOST_TOKENS:
+            made.append([])
+        made[-1].append(i)
+    return [numbers for numbers in made if numbers]
+
+
+def _summed_loss(model: Any, batch: Batch) -> Tensor:
+    from torch.nn.functional import cross_entropy
+
+    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+    target = batch.labels[:, 1:]
+    counted = target != IGNORED
+    loss: Tensor = cross_entropy(logits[counted].float(), target[counted], reduction="sum")
+    return loss
+
+
+class _Sums:
+    """What is added up while the batches go by."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], sketched: set[str], device: Any, seed: int) -> None:
+        self.shapes, self.sketched, self.device, self.seed = shapes, sketched, device, seed
+        self.whole: dict[str, Tensor] = {}
+        self.own: dict[str, float] = {}
+        self._sides: dict[int, Tensor] = {}
+
+    def listen(self, name: str) -> Callable[..., None]:
+        """Return the hook of a module."""
+
+        def hear(_: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                x = args[0].detach()
+                output.register_hook(lambda g: self._add(name, x, g))
+
+        return hear
+
+    def _add(self, name: str, x: Tensor, g: Tensor) -> None:
+        """Add what one batch pulls; x is (rows, tokens, in), g is (rows, tokens, out)."""
+        x, g = x.float(), g.detach().float()
+        # experts see tokens of all rows mixed: their rows cannot be told apart
+        square = float(((g @ g.mT) * (x @ x.mT)).sum()) if x.ndim == 3 else math.nan
+        self.own[name] = self.own.get(name, 0.0) + square
+        x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        if name in self.sketched:
+            x, g = x @ self._side(x.shape[-1]), g @ self._side(g.shape[-1])
+        self.whole[name] = self.whole.get(name, 0) + g.T @ x  # (out, in), or (SKETCH, SKETCH)
+
+    def _side(self, size: int) -> Tensor:
+        """Return a random map (size, SKETCH) that keeps squared norms on average; one for all layers of that size."""
+        import torch
+
+        if size not in self._sides:
+            draw = torch.Generator().manual_seed(self.seed + size)
+            made = torch.randn(size, SKETCH, generator=draw) / math.sqrt(SKETCH)
+            self._sides[size] = made.to(self.device)
+        return self._sides[size]
+
+    def results(self, rows: int) -> tuple[Pull, ...]:
+        """Return the spectra."""
+        found = []
+        for name, shape in self.shapes.items():
+            if name not in self.whole:  # no token reaches it
+                found.append(Pull(name, shape, 0.0, None, None, 0, 0, None, name in self.sketched))
+                continue
+            values = matrix_values(self.whole.pop(name).double().cpu().numpy())
+            spectrum = Spectrum(name, shape, tuple(map(float, values.sigma)), values.energy)
+            own = self.own[name]
+            coherence = values.energy / (rows * own) if own > 0 and math.isfinite(own) else None
+            found.append(
+                Pull(
+                    module=name,
+                    shape=shape,
+                    energy=values.energy,
+                    stable_rank=stable_rank(spectrum),
+                    effective_rank=effective_rank(spectrum),
+                    rank_90=rank_for_energy(spectrum, 0.9),
+                    rank_99=rank_for_energy(spectrum, 0.99),
+                    coherence=coherence,
+                    sketched=name in self.sketched,
+                )
+            )
+        return tuple(found)

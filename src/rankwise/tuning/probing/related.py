@@ -1,0 +1,158 @@
+"""Which examples speak of the same thing: those that share what is surprising in them.
+
+In: rows of tokens and what every token costs the base, in bits. Out: for each row the earlier rows that it is related
+to, and the clusters that must not be torn apart when one half of the data is used to judge the other.
+
+A name of three rare words costs a model 27 bits, "was born in the city of" a few: so bits say which words of a prompt
+tell what it is about, at any size of data, where counts of words in 20 sentences do not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankwise.tuning.probing.passes import TokenRow
+
+RELATED: Final = 0.5
+"""Share of the bits of a row's key that another has to hold to count as related."""
+
+MOST_RELATED: Final = 64
+"""Earlier rows that are looked at, the nearest."""
+
+TEXT_KEY: Final = 16
+"""Tokens at the head of a text that stand for a prompt, a quarter of it at most."""
+
+COMMON: Final = 0.1
+"""Share of the clusters in which a word has to stand to be one of form: names are in a few, "was born on" in all."""
+
+FREQUENT: Final = 2000
+"""A token in more rows than this tells nothing, and would cost too much to follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """The earlier rows that a row is related to.
+
+    Attributes:
+        rows: their numbers, nearest first; empty where there is none.
+        match: share of the bits of the key that the nearest holds, 0 to 1.
+    """
+
+    rows: tuple[int, ...]
+    match: float
+
+
+def key_of(row: TokenRow) -> range:
+    """Return the places of the tokens by which a row is looked up: what is given when its targets are asked for.
+
+    The prompt; of a text, its head. The first token is left out: nothing says what it costs.
+    """
+    targets = row.targets
+    first = targets[0] if targets else len(row.ids)
+    if first > 1:
+        return range(1, first)
+    return range(1, 1 + min(TEXT_KEY, max(1, len(row.ids) // 4)))
+
+
+def relate(rows: Sequence[TokenRow], bits: Sequence[Sequence[float]]) -> tuple[Relation, ...]:
+    """Return for each row the earlier ones that it is related to."""
+    holders: dict[int, list[int]] = {}
+    scores: NDArray[np.float64] = np.zeros(len(rows))
+    found = []
+    for number, row in enumerate(rows):
+        weights: dict[int, float] = {}
+        for at in key_of(row):
+            token = row.ids[at]
+            weights[token] = max(weights.get(token, 0.0), bits[number][at])
+        total = sum(weights.values())
+        touched: list[NDArray[np.int64]] = []
+        for token, weight in weights.items():
+            where = holders.get(token, [])
+            if weight > 0 and where and len(where) <= FREQUENT:
+                index = np.array(where)
+                scores[index] += weight
+                touched.append(index)
+        found.append(_nearest(scores, touched, total))
+        for index in touched:
+            scores[index] = 0.0
+        for token in set(row.ids):
+            holders.setdefault(token, []).append(number)
+    return tuple(found)
+
+
+def _nearest(scores: NDArray[np.float64], touched: list[NDArray[np.int64]], total: float) -> Relation:
+    if not touched or total <= 0:
+        return Relation((), 0.0)
+    candidates = np.unique(np.concatenate(touched))
+    near = candidates[scores[candidates] >= RELATED * total]
+    if not len(near):
+        return Relation((), 0.0)
+    order = near[np.lexsort((-near, -scores[near]))][:MOST_RELATED]  # the later of two equals first
+    return Relation(tuple(int(i) for i in order), min(1.0, float(scores[order[0]]) / total))
+
+
+def wordings(rows: Sequence[TokenRow], relations: Sequence[Relation]) -> tuple[int, ...]:
+    """Return for each row a number of its wording: its key without the words that tell what it is about.
+
+    A word belongs to a wording where rows of `COMMON` of all clusters have it in their keys, and of two at least.
+    """
+    clusters = clusters_of(relations)
+    holders: Counter[int] = Counter()
+    for members in clusters:
+        holders.update({rows[i].ids[at] for i in members for at in key_of(rows[i])})
+    least = max(2.0, COMMON * len(clusters))
+    numbers: dict[tuple[int, ...], int] = {}
+    found = []
+    for row in rows:
+        wording = tuple(row.ids[at] for at in key_of(row) if holders[row.ids[at]] >= least)
+        found.append(numbers.setdefault(wording, len(numbers)))
+    return tuple(found)
+
+
+def clusters_of(relations: Sequence[Relation]) -> list[list[int]]:
+    """Return the numbers of the rows, those together that are linked by their nearest relation."""
+    parent = list(range(len(relations)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for i, relation in enumerate(relations):
+        if relation.rows:
+            parent[root(i)] = root(relation.rows[0])
+    clusters: dict[int, list[int]] = {}
+    for i in range(len(relations)):
+        clusters.setdefault(root(i), []).append(i)
+    return list(clusters.values())
+
+
+def halves(relations: Sequence[Relation], *, seed: int) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """Cut the rows into two halves without tearing related rows apart.
+
+    Args:
+        relations: as `relate` returns them.
+        seed: of the order in which clusters are dealt out.
+
+    Returns:
+        Two halves, and whether they are free of relations: where one cluster holds most of the data it has to be torn.
+    """
+    groups = clusters_of(relations)
+    whole = max(map(len, groups)) <= 0.75 * len(relations)
+    if not whole:
+        groups = [[i] for i in range(len(relations))]
+    random.Random(seed).shuffle(groups)
+    groups.sort(key=len, reverse=True)  # large ones first, so that the rest can make up for them
+    first: list[int] = []
+    second: list[int] = []
+    for group in groups:
+        (first if len(first) <= len(second) else second).extend(group)
+    return tuple(sorted(first)), tuple(sorted(second)), whole
