@@ -184,7 +184,7 @@ def test_a_name_that_selects_a_module_outside_the_plan_is_an_error(tmp_path, mon
     tree.fc, tree.tower = nn.Linear(8, 8, device="meta"), nn.Module()
     tree.tower.fc = nn.Linear(8, 8, device="meta")
     (tmp_path / "config.json").write_text("{}")
-    known = Architecture(tree, ("fc", "tower", "tower.fc"), {"fc": (8, 8), "tower.fc": (8, 8)}, frozenset())
+    known = Architecture(tree, ("fc", "tower", "tower.fc"), {"fc": (8, 8), "tower.fc": (8, 8)}, frozenset(), {})
     monkeypatch.setattr(fitting, "load_architecture", lambda folder: known)
     with pytest.raises(ReadBackError, match=r"gives an adapter to tower\.fc, which is not planned"):
         export(planned([("fc", (8, 8), 4, 8.0)]), "peft", model=str(tmp_path), ask_peft=False)

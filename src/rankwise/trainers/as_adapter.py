@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rankwise.errors import CannotCarryError, OutputError, OutputExistsError, UsageError
-from rankwise.planning.modules import TABLE
+from rankwise.planning.modules import STACKED, TABLE
 from rankwise.records import PlanRecord
 from rankwise.trainers.fitting import architecture_of, completed, plan_modules
 from rankwise.trainers.model import GPT2_LAYER, Asked, Job
@@ -58,7 +58,9 @@ def write_untrained(
         raise UsageError(f"--seed of an untrained adapter must be 0 or more, got {seed}")
     check_out(out, force=force)
     architecture = architecture_of(model, [])
-    modules, idle = completed(*plan_modules(plan), architecture, [])
+    modules, idle = plan_modules(plan)
+    _check_single(modules)
+    modules, idle, _ = completed(modules, idle, (), architecture, [])
     for asked in modules:
         _check_linear(asked, architecture)
     conv1d = [_is_conv1d(m.module, architecture) for m in modules]
@@ -68,8 +70,17 @@ def write_untrained(
     _write(out, modules, config, np.random.default_rng(seed))
 
 
+def _check_single(modules: Sequence[Asked]) -> None:
+    for asked in modules:
+        if STACKED.fullmatch(asked.module):
+            raise CannotCarryError(
+                f"{asked.module} is one expert of a stacked parameter, for which no untrained adapter is written. "
+                "Export to peft, axolotl, unsloth or trl, which start from the base; or leave it out (--skip)."
+            )
+
+
 def _check_linear(asked: Asked, architecture: Architecture | None) -> None:
-    """Refuse embeddings, convolutions and experts: their factors have other shapes and names.
+    """Refuse embeddings and convolutions: their factors have other shapes and names.
 
     Raises:
         CannotCarryError: it is no linear layer, as far as the model or the name tells.

@@ -37,6 +37,8 @@ def write(job: Job) -> Written:
             "lora_dropout": 0.0,
             "lora_target_modules": fields["target_modules"],
         }
+        if job.stacks:
+            values["lora_target_parameters"] = fields["target_parameters"]
         if job.conv1d:
             values["lora_fan_in_fan_out"] = True
         if fields["rank_pattern"]:
@@ -57,6 +59,7 @@ _PEFT: Final = {
     "peft_use_rslora": "use_rslora",
     "lora_dropout": "lora_dropout",
     "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
     "lora_fan_in_fan_out": "fan_in_fan_out",
     "lora_rank_pattern": "rank_pattern",
     "lora_alpha_pattern": "alpha_pattern",
@@ -81,4 +84,5 @@ TRAINER: Final = Trainer(
     from_adapter=True,
     write=write,
     read=read,
+    stacks=True,
 )

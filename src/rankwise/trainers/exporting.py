@@ -15,7 +15,7 @@ from rankwise.errors import CannotCarryError, UsageError
 from rankwise.planning.wording import FORMULAS
 from rankwise.records import PlanRecord, SpectraRecord, version
 from rankwise.trainers import axolotl, litgpt, llamafactory, mlx, peft, torchtune, trl, unsloth
-from rankwise.trainers.fitting import architecture_of, completed, plan_modules
+from rankwise.trainers.fitting import architecture_of, completed, plan_modules, stacked
 from rankwise.trainers.model import GPT2_LAYER, Asked, Export, Job, Trainer
 from rankwise.trainers.readback import compare, compare_adapter, compare_with_peft
 from rankwise.trainers.real_peft import Architecture, installed, load_architecture, skeleton
@@ -83,26 +83,40 @@ def export(
         cost = cost_in_words(planned, modules, plan, spectra)
         notes.append(cost)
         why = f"{cost} The plan in whose place it stands: {plan.why}"
-    modules, idle = completed(modules, idle, architecture, notes)
+    modules, idle, idle_stacks = completed(*stacked(modules, idle), architecture, notes)
+    _check_stacks(chosen, modules, adapter)
     _check_carries(chosen, modules, adapter)
     names = () if architecture is None else architecture.names
+    layers = [m for m in modules if not m.experts]
     job = Job(
         modules=modules,
         idle=_others(modules, idle, names),
         rule=plan.rule,
         learning_rate=plan.learning_rate,
         tolerance=alpha_tolerance,
-        targets=_targets([m.module for m in modules], names),
-        conv1d=_all_conv1d(modules, architecture),
+        targets=_targets([m.module for m in layers], names),
+        conv1d=_all_conv1d(layers, architecture),
         model=model,
         adapter=adapter,
         head=_head(chosen, plan, modules, why if plan.why.strip() or uniform else ""),
+        idle_stacks=_others(modules, idle_stacks, () if architecture is None else tuple(architecture.stacks)),
     )
+    if job.conv1d and job.stacks:
+        raise CannotCarryError(
+            f"{chosen.title} takes no layers that store their weight transposed (Conv1D, {layers[0].module}) together "
+            f"with stacks of experts ({job.stacks[0].module}). Leave one kind out of the plan (--skip)."
+        )
     written = chosen.write(job)
     readings = chosen.read(written.files)
     exact = not chosen.whole_alpha and trainer != "trl"  # the YAML of `trl sft` takes whole alphas
     exported = compare(job, readings, exact=exact)
     notes += written.notes
+    if job.stacks:
+        notes.append(
+            f"Stacked parameters of experts: {len(job.stacks)}, in target_parameters (PEFT 0.17 or later). Each expert "
+            "gets the rank that stands there; PEFT takes no lora_dropout but 0 with them, and "
+            "PEFT 0.21.2 warns that their pattern keys match no module, which it obeys all the same."
+        )
     if adapter is not None and read_adapter:
         notes.append(_compare_folder(modules, adapter))
     elif adapter is None and ask_peft and installed("torch", "transformers", "peft"):
@@ -123,6 +137,18 @@ def _others(modules: Sequence[Asked], idle: Sequence[str], names: Sequence[str])
     """Return every module that is known and not planned."""
     planned = {m.module for m in modules}
     return tuple(name for name in dict.fromkeys([*idle, *names]) if name not in planned)
+
+
+def _check_stacks(trainer: Trainer, modules: Sequence[Asked], adapter: str | None) -> None:
+    """Refuse experts for a trainer without `target_parameters`, and for an adapter folder, which is written without."""
+    stack = next((m for m in modules if m.experts), None)
+    if stack is None or (trainer.stacks and adapter is None):
+        return
+    what = f"{trainer.title} takes no" if not trainer.stacks else "An untrained adapter is not written for"
+    raise CannotCarryError(
+        f"{what} stacked parameters of experts, and the plan has {stack.module} ({stack.experts} experts). Export to "
+        "peft, axolotl, unsloth or trl without --as-adapter; or leave the experts out of the plan (--skip)."
+    )
 
 
 def _check_carries(trainer: Trainer, modules: Sequence[Asked], adapter: str | None) -> None:
@@ -160,8 +186,8 @@ def _targets(planned: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
 
 def _all_conv1d(modules: Sequence[Asked], architecture: Architecture | None) -> bool:
     if architecture is not None:
-        return all(m.module in architecture.conv1d for m in modules)
-    return all(GPT2_LAYER.fullmatch(m.module) for m in modules)
+        return bool(modules) and all(m.module in architecture.conv1d for m in modules)
+    return bool(modules) and all(GPT2_LAYER.fullmatch(m.module) for m in modules)
 
 
 def _head(trainer: Trainer, plan: PlanRecord, modules: Sequence[Asked], why: str) -> tuple[str, ...]:
@@ -177,7 +203,7 @@ def _head(trainer: Trainer, plan: PlanRecord, modules: Sequence[Asked], why: str
 def _builder(job: Job, architecture: Architecture | None, model: str | None) -> Callable[[], Any]:
     """Return what makes a fresh model for PEFT to change."""
     if architecture is None or model is None:
-        return lambda: skeleton(job.modules, job.idle)
+        return lambda: skeleton(job.modules, job.idle, job.idle_stacks)
     return lambda: load_architecture(Path(model)).model
 
 

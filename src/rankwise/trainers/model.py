@@ -29,6 +29,7 @@ class Asked:
         r: rank, 1 or more.
         lora_alpha: alpha under the plan's rule.
         scaling: the factor on B @ A.
+        experts: how many, of a stacked parameter, all of this shape, rank and scaling; 0 of a module.
     """
 
     module: str
@@ -36,11 +37,12 @@ class Asked:
     r: int
     lora_alpha: float
     scaling: float
+    experts: int = 0
 
     @property
     def params(self) -> int:
         """Entries of A and B."""
-        return self.r * sum(self.shape)
+        return self.r * sum(self.shape) * max(1, self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,12 @@ class Job:
         learning_rate: or None where the plan has none.
         tolerance: relative error that a scale may have where the trainer takes whole alphas only.
         targets: what selects the modules in a list of target modules: their full names, or suffixes that were shown
-            to select nothing else.
+            to select nothing else. Stacked parameters are not among them.
         conv1d: whether the weights are stored as (in, out), as GPT-2 does.
         model: base model to name in the file, or None.
         adapter: adapter folder to start from, or None.
         head: lines for the top of the file.
+        idle_stacks: stacked parameters of experts that have to stay without an adapter.
     """
 
     modules: tuple[Asked, ...]
@@ -71,6 +74,17 @@ class Job:
     model: str | None = None
     adapter: str | None = None
     head: tuple[str, ...] = ()
+    idle_stacks: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Asked, ...]:
+        """What is asked for modules."""
+        return tuple(m for m in self.modules if not m.experts)
+
+    @property
+    def stacks(self) -> tuple[Asked, ...]:
+        """What is asked for stacked parameters of experts."""
+        return tuple(m for m in self.modules if m.experts)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -110,16 +124,16 @@ class Reading(abc.ABC):
     file: str
 
     @abc.abstractmethod
-    def gives(self, module: str) -> Given | None:
-        """Return what the trainer gives to a module, or None where it adds no adapter."""
+    def gives(self, module: str, *, stack: bool = False) -> Given | None:
+        """Return what the trainer gives to a module, or to each expert of a stack; None where it adds no adapter."""
 
     def peft_config(self) -> Mapping[str, Any] | None:
         """Return the keyword arguments of the LoraConfig that the trainer builds; None if it does not use PEFT."""
         return None
 
-    def idle_keys(self, modules: Sequence[str]) -> list[str]:
-        """Return the entries that select none of these modules."""
-        del modules
+    def idle_keys(self, modules: Sequence[str], stacks: Sequence[str] = ()) -> list[str]:
+        """Return the entries that select none of these modules and stacked parameters."""
+        del modules, stacks
         return []
 
 
@@ -136,15 +150,17 @@ class PeftReading(Reading):
     config: Mapping[str, Any]
     settings: LoraSettings = field(init=False)
     targets: str | frozenset[str] = field(init=False)
+    parameters: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", read_settings(self.config, self.file))
         targets = self.config.get("target_modules") or ()
         object.__setattr__(self, "targets", targets if isinstance(targets, str) else frozenset(targets))
+        object.__setattr__(self, "parameters", frozenset(self.config.get("target_parameters") or ()))
 
-    def gives(self, module: str) -> Given | None:
-        """As PEFT does: `target_modules` selects, the first pattern that matches decides."""
-        if not selects(self.targets, module):
+    def gives(self, module: str, *, stack: bool = False) -> Given | None:
+        """As PEFT does: `target_modules` or `target_parameters` selects, the first pattern that matches decides."""
+        if not selects(self.parameters if stack else self.targets, module):
             return None
         r, alpha = self.settings.rank_of(module), self.settings.alpha_of(module)
         return Given(r, alpha, scaling(self.settings.rule, alpha, r))
@@ -153,12 +169,15 @@ class PeftReading(Reading):
         """Return the fields as they stand in the file."""
         return self.config
 
-    def idle_keys(self, modules: Sequence[str]) -> list[str]:
-        """Return pattern keys and targets that select none of these modules."""
+    def idle_keys(self, modules: Sequence[str], stacks: Sequence[str] = ()) -> list[str]:
+        """Return pattern keys and targets that select none of these modules and stacked parameters."""
         idle = []
+        named = [*modules, *stacks]
         for name, pattern in (("rank_pattern", self.settings.ranks), ("alpha_pattern", self.settings.alphas)):
-            used = {place for module in modules for place in pattern.matches(module)}
+            used = {place for module in named for place in pattern.matches(module)}
             idle += [f"{name}[{key!r}]" for place, key in enumerate(pattern.keys) if place not in used]
+        ends = {tail for stack in stacks for tail in _tails(stack)}
+        idle += [f"target_parameters[{entry!r}]" for entry in sorted(self.parameters - ends)]
         if isinstance(self.targets, str):
             return idle
         tails = {tail for module in modules for tail in _tails(module)}
@@ -197,9 +216,9 @@ class FlatReading(Reading):
     given: Given
     chosen: Callable[[str], bool]
 
-    def gives(self, module: str) -> Given | None:
+    def gives(self, module: str, *, stack: bool = False) -> Given | None:
         """Return the one setting, or None."""
-        return self.given if self.chosen(module) else None
+        return self.given if not stack and self.chosen(module) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +233,9 @@ class AdapterReading(Reading):
     file: str
     adapter: str
 
-    def gives(self, module: str) -> Given | None:
+    def gives(self, module: str, *, stack: bool = False) -> Given | None:
         """Return None: the folder is compared with the plan as a whole."""
-        del module
+        del module, stack
         return None
 
 
@@ -233,6 +252,7 @@ class Trainer:
         from_adapter: whether training can start from a PEFT adapter folder.
         write: from a job to files.
         read: from file names and texts to what they say.
+        stacks: whether it takes stacked parameters of experts, as PEFT's `target_parameters`.
     """
 
     title: str
@@ -243,6 +263,7 @@ class Trainer:
     from_adapter: bool
     write: Callable[[Job], Written]
     read: Callable[[Mapping[str, str]], Sequence[Reading]]
+    stacks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

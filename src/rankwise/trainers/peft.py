@@ -69,4 +69,5 @@ TRAINER: Final = Trainer(
     from_adapter=True,
     write=write,
     read=read,
+    stacks=True,
 )

@@ -3,7 +3,8 @@
 In: a job and its alphas. Out: r, lora_alpha, the patterns, the targets. Every key of a pattern is a full name, escaped
 and anchored at its beginning, so that it can match one module only: PEFT takes the first key that matches, in the order
 of the config, and sorts the keys when it saves it. A module that differs in rank or in alpha stands in both patterns,
-since PEFT looks the two up independently and a rank alone would change the scale.
+since PEFT looks the two up independently and a rank alone would change the scale. Stacked parameters of experts stand
+in `target_parameters`, never in `target_modules`, and their keys are made alike: PEFT gives the rank to each expert.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def peft_fields(job: Job, alphas: Mapping[str, float] | None = None) -> dict[str
     alphas = real_alphas(job, rule) if alphas is None else alphas
     rank, alpha = common_pair({m.module: m.r for m in job.modules}, alphas)
     others = {m.module: m.r for m in job.modules if (m.r, alphas[m.module]) != (rank, alpha)}
-    return {
+    fields: dict[str, Any] = {
         "r": rank,
         "lora_alpha": plain(alpha),
         "use_rslora": rule == "rslora",
@@ -40,6 +41,9 @@ def peft_fields(job: Job, alphas: Mapping[str, float] | None = None) -> dict[str
         "rank_pattern": {key_of(name): r for name, r in others.items()},
         "alpha_pattern": {key_of(name): plain(alphas[name]) for name in others},
     }
+    if job.stacks:  # PEFT 0.17 has the field; without stacks older versions take the config too
+        fields["target_parameters"] = [m.module for m in job.stacks]
+    return fields
 
 
 def key_of(module: str) -> str:

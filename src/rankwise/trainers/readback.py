@@ -40,10 +40,12 @@ def compare(job: Job, readings: Sequence[Reading], *, exact: bool) -> tuple[Expo
         if isinstance(reading, AdapterReading):
             _same_path(reading, job)
             continue
-        given = {m.module: reading.gives(m.module) for m in job.modules}
-        extra = next((name for name in job.idle if reading.gives(name) is not None), None)
+        given = {m.module: reading.gives(m.module, stack=m.experts > 0) for m in job.modules}
+        extras = [name for name in job.idle if reading.gives(name) is not None]
+        extras += [name for name in job.idle_stacks if reading.gives(name, stack=True) is not None]
+        extra = next(iter(extras), None)
         judge(job.modules, given, extra, reading.file, allowed)
-        idle = reading.idle_keys([m.module for m in job.modules])
+        idle = reading.idle_keys([m.module for m in job.layers], [m.module for m in job.stacks])
         if idle:
             raise ReadBackError(f"{reading.file}: {idle[0]} selects no planned module ({len(idle)} such entries)")
         found = found or tuple(_exported(m, given[m.module]) for m in job.modules)

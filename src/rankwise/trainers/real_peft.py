@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +29,14 @@ class Architecture:
         names: all its modules.
         shapes: layer -> (out_features, in_features), of the linear ones.
         conv1d: those linear layers that store their weight as (in, out).
+        stacks: parameter of three dimensions -> (experts, rows, columns).
     """
 
     model: Any
     names: tuple[str, ...]
     shapes: Mapping[str, tuple[int, int]]
     conv1d: frozenset[str]
+    stacks: Mapping[str, tuple[int, int, int]]
 
 
 def installed(*packages: str) -> bool:
@@ -76,16 +79,24 @@ def load_architecture(folder: Path) -> Architecture:
             turned.add(name)
         elif isinstance(module, torch.nn.Linear):
             shapes[name] = (module.out_features, module.in_features)
-    return Architecture(model, tuple(n for n, _ in model.named_modules() if n), shapes, frozenset(turned))
+    # the weight of a convolution has three dimensions too, and is no stack: it belongs to a layer
+    stacks = {
+        name: (parameter.shape[0], parameter.shape[1], parameter.shape[2])
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and name.rpartition(".")[2] != "weight"
+    }
+    return Architecture(model, tuple(n for n, _ in model.named_modules() if n), shapes, frozenset(turned), stacks)
 
 
-def skeleton(modules: Sequence[Asked], idle: Iterable[str]) -> Any:
-    """Return a tree of empty modules with a linear layer at each name, on the meta device."""
+def skeleton(modules: Sequence[Asked], idle: Iterable[str], idle_stacks: Iterable[str] = ()) -> Any:
+    """Return a tree of empty modules with a layer or a stacked parameter at each name, on the meta device."""
+    import torch
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     root = nn.Module()
-    shapes = {m.module: m.shape for m in modules} | dict.fromkeys(idle, (1, 1))
+    shapes = {m.module: m.shape for m in modules} | dict.fromkeys(idle, (1, 1)) | dict.fromkeys(idle_stacks, (1, 1))
+    experts = {m.module: m.experts for m in modules if m.experts} | dict.fromkeys(idle_stacks, 1)
     for name in sorted(shapes):  # parents before children
         *path, last = name.split(".")
         parent = root
@@ -94,6 +105,10 @@ def skeleton(modules: Sequence[Asked], idle: Iterable[str]) -> Any:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         out_features, in_features = shapes[name]
+        if name in experts:
+            stack = torch.empty(experts[name], out_features, in_features, device="meta")
+            parent.register_parameter(last, nn.Parameter(stack))
+            continue
         if GPT2_LAYER.fullmatch(name):
             layer: Any = Conv1D(1, 1).to("meta")
             layer.nf, layer.nx = out_features, in_features
@@ -105,13 +120,19 @@ def skeleton(modules: Sequence[Asked], idle: Iterable[str]) -> Any:
 
 
 def ask_peft(model: Any, config: Mapping[str, Any], file: str) -> dict[str, tuple[int, float]]:
-    """Return module -> (rank, scale) of every layer that PEFT adapts. The model is changed.
+    """Return module -> (rank, scale) of every layer and parameter that PEFT adapts. The model is changed.
+
+    Wrapped parameters of one module lie around each other; they are named as the parameters are.
 
     Raises:
         ReadBackError: PEFT refuses the config.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
+
+    def own_name(path: str, layer: Any) -> str:
+        parameter = getattr(layer, "parameter_name", None)  # of ParamWrapper, which PEFT has since 0.17
+        return path if parameter is None else f"{re.sub(r'([.]base_layer)+$', '', path)}.{parameter}"
 
     # the kind of task adds wrappers that a bare tree of modules does not go with, and changes no layer
     fields = {key: value for key, value in config.items() if key not in ("peft_type", "task_type")}
@@ -122,7 +143,7 @@ def ask_peft(model: Any, config: Mapping[str, Any], file: str) -> dict[str, tupl
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ReadBackError(f"{file}: PEFT refuses the config that was written: {str(error)[:500]}") from error
     return {
-        name: (layer.r["default"], layer.scaling["default"])
+        own_name(name, layer): (layer.r["default"], layer.scaling["default"])
         for name, layer in made.base_model.model.named_modules()
         if isinstance(layer, LoraLayer) and "default" in layer.r
     }

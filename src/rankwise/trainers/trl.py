@@ -67,6 +67,8 @@ def _command_line(job: Job, values: Mapping[str, Any]) -> tuple[dict[str, str], 
         return {}, f"`trl sft` takes no rank or alpha for single modules: only {PYTHON} carries the plan."
     if job.conv1d:
         return {}, f"`trl sft` has no key for fan_in_fan_out: only {PYTHON} is written."
+    if job.stacks and len(job.targets) == 1:  # PEFT resolves a string to last parts in models whose experts it converts
+        return {}, f"`trl sft` makes a regular expression of one target, unsafe with experts: only {PYTHON} is written."
     try:
         alphas, error = whole_alphas(job, rule_of(job, rslora=True), "trl sft")
     except CannotCarryError as refusal:
@@ -81,7 +83,9 @@ def _command_line(job: Job, values: Mapping[str, Any]) -> tuple[dict[str, str], 
         "lora_target_modules": list(job.targets),
     }
     if len(job.targets) == 1:  # a suffix could not be a whole name
-        keys["lora_target_modules"] = ["|".join(re.escape(m.module) for m in job.modules)]
+        keys["lora_target_modules"] = ["|".join(re.escape(m.module) for m in job.layers)]
+    if job.stacks:
+        keys["lora_target_parameters"] = values["target_parameters"]
     head = [*job.head, f"For `trl sft --config {YAML}`. A whole alpha: the error of the scale is {error:.2%}."]
     if job.learning_rate is not None:
         keys["learning_rate"] = job.learning_rate
@@ -106,6 +110,8 @@ def read(files: Mapping[str, str]) -> Sequence[Reading]:
             "lora_dropout": values["lora_dropout"],
             "target_modules": targets[0] if len(targets) == 1 else targets,
         }
+        if values.get("lora_target_parameters"):
+            config["target_parameters"] = values["lora_target_parameters"]
         readings.append(PeftReading(YAML, config))
     return readings
 
@@ -119,4 +125,5 @@ TRAINER: Final = Trainer(
     from_adapter=True,
     write=write,
     read=read,
+    stacks=True,
 )

@@ -62,7 +62,7 @@ def write(job: Job) -> Written:
         return Written({FILE: text + f"ADAPTER = {job.adapter!r}\n" + _LOAD})
     values: dict[str, Any] = peft_fields(job) | {"lora_dropout": 0.0, "bias": "none"}
     if _TABLE in job.targets:
-        values["target_modules"] = [m.module for m in job.modules]
+        values["target_modules"] = [m.module for m in job.layers]
     if not values["rank_pattern"]:
         del values["rank_pattern"], values["alpha_pattern"]
     if job.conv1d:
@@ -86,4 +86,5 @@ TRAINER: Final = Trainer(
     from_adapter=True,
     write=write,
     read=read,
+    stacks=True,
 )
