@@ -76,5 +76,5 @@ $(VENV)/.train: $(HOUSE) | $(VENV)/bin/python
 	@touch $@ $(VENV)/.core
 
 $(VENV)/.full: $(HOUSE) | $(VENV)/bin/python
-	$(PIP) -e '.[train,s3,dev,docs]'
+	$(PIP) -e '.[all]'
 	@touch $@ $(VENV)/.core $(VENV)/.train

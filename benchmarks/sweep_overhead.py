@@ -22,7 +22,7 @@ import msgspec
 import rankwise
 from rankwise.sweeping.collecting import collect
 from rankwise.sweeping.grid import Cell, make_grid
-from rankwise.sweeping.running import make_record
+from rankwise.sweeping.recording import make_record
 
 MODEL, DATA = "rankwise:tiny", "rankwise:facts?n=40"
 RATES = (1e-3, 3e-3)

@@ -97,14 +97,14 @@ def bits(out: Path, all_tasks: dict[str, tuple[str, Any]], only: list[str] | Non
 
 def ranks(out: Path, all_tasks: dict[str, tuple[str, Any]], only: list[str] | None) -> None:
     """Print the rank recommended beside the rank that a sweep needed."""
-    print("\n| task | recommended | rule | rate | needed | best recall | at the recommended | verdict |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n| task | recommended | rule | rate | needed | best bits gained | at rank | share of it | verdict |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, (model, data) in all_tasks.items():
         if only and name not in only:
             continue
         record = probed(out, f"{name}, with rates", model, data, epochs=EXPOSURES / WORDINGS)
         plan = record.recommendation
-        chosen = plan.modules[0]
+        chosen = max(plan.modules, key=lambda module: module.r)  # small modules get less
         steps = max(1, round(EXPOSURES / WORDINGS * record.examples / BATCH))
         gained: dict[int, float] = {}
         for rank in sorted({*RANKS, chosen.r}):
@@ -118,8 +118,8 @@ def ranks(out: Path, all_tasks: dict[str, tuple[str, Any]], only: list[str] | No
         here = gained.get(chosen.r, float("nan"))
         verdict = "hit" if needed <= chosen.r <= 4 * max(needed, 2) else "too low" if chosen.r < needed else "too high"
         print(
-            f"| {name} | {chosen.r} | {plan.rule} | {plan.learning_rate:g} | {needed} | {best:,.0f} | {here:,.0f} | "
-            f"{verdict} |",
+            f"| {name} | {chosen.r} | {plan.rule} | {plan.learning_rate:g} | {needed} | {best:,.0f} | "
+            f"{max(gained, key=lambda rank: gained[rank])} | {here / best:.0%} | {verdict} |",
             flush=True,
         )
 

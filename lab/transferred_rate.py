@@ -20,8 +20,8 @@ from facts_study import ALPHA, BATCH, PEOPLE, RULES, STEPS, cell
 from rankwise.records import RunRecord, StabilityRecord, read_record, to_json
 
 REFERENCE, RANKS = 8, (8, 64, 128)
-RATES = tuple(5e-4 * 2**k for k in range(7))
-"""5e-4 to 3.2e-2: the first study found 5e-3 best for alpha / r at rank 64, and 1e-3 to 3e-3 for alpha / sqrt(r)."""
+RATES = tuple(5e-4 * 2**k for k in range(6))
+"""5e-4 to 1.6e-2: the first study found 5e-3 best for alpha / r at rank 64, and 1e-3 to 3e-3 for alpha / sqrt(r)."""
 
 
 def bits(record: RunRecord) -> float:

@@ -57,6 +57,7 @@ LIGHT: dict[str, tuple[str, frozenset[str]]] = {
     "rankwise check --help": (command("check", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise recall --help": (command("recall", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
     "rankwise demo --help": (command("demo", "--help"), HEAVY | {"scipy", "numpy", "plotly", "huggingface_hub"}),
+    "rankwise report --help": (command("report", "--help"), HEAVY | {"scipy", "numpy", "plotly", "jinja2"}),
     "rankwise simulate": (command("simulate"), HEAVY | {"plotly", "huggingface_hub"}),
     "rankwise inspect ADAPTER": (command("inspect", "adapter"), HEAVY | {"scipy", "plotly", "huggingface_hub"}),
 }

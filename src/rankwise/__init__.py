@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise._version import __version__
 
-# eager, so that the name is the function: importing the submodule later would bind the module to it
+# eager, so that the names are the functions: importing the submodules later would bind the modules to them
+from rankwise.reporting import figures, report
 from rankwise.scaling import SCALINGS, scaling
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         PlanRecord,
         ProbeRecord,
         RecallRecord,
+        ReportRecord,
         RunRecord,
         SimulationRecord,
         SpectraRecord,
@@ -72,6 +74,7 @@ _HOMES = {
     "PlanRecord": "rankwise.records",
     "ProbeRecord": "rankwise.records",
     "RecallRecord": "rankwise.records",
+    "ReportRecord": "rankwise.records",
     "RunRecord": "rankwise.records",
     "ModuleSpectrum": "rankwise.records",
     "SimulationRecord": "rankwise.records",
@@ -115,6 +118,7 @@ __all__ = [
     "RankMonitorCallback",
     "RankwiseError",
     "RecallRecord",
+    "ReportRecord",
     "RunRecord",
     "SimulationRecord",
     "SpectraRecord",
@@ -129,6 +133,7 @@ __all__ = [
     "demo",
     "dry_run",
     "extract",
+    "figures",
     "inspect",
     "lint",
     "lora_approximation",
@@ -137,6 +142,7 @@ __all__ = [
     "read_record",
     "recall",
     "render_page",
+    "report",
     "scaling",
     "simulate",
     "sweep",

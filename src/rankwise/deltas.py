@@ -6,6 +6,7 @@ why, and for each pair the two tensors and tuned - base as matrices of shape (ou
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
@@ -23,6 +24,15 @@ from rankwise.records import Finding, Skipped
 Array = NDArray[Any]
 
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+
+PEAK_COPIES: Final = 3
+"""Copies of a matrix in float32 that are in memory at one time."""
+
+PEAK_GRAMS: Final = 2
+"""Copies of its Gram matrix in float64."""
+
+PEAK_REST: Final = 128 * 2**20
+"""Bytes of the libraries and of what does not grow with the matrix."""
 
 _VOCABULARY: Final = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_out|embed_in|shared)$")
 _CONV1D: Final = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
@@ -288,6 +298,18 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, wanted: Selection) -> 
         flipped = conv1d and len(info.shape) == 2 and bool(_CONV1D.search(module))
         pairs.append(Pair(module, base_name, info.name, info.shape, info.dtype, flipped, experts))
     return Pairing(tuple(pairs), tuple(skipped), tuple(findings))
+
+
+def pair_memory(pair: Pair) -> int:
+    """Return about how many bytes it takes to read one pair and take a spectrum or factors of its delta.
+
+    Both tensors as stored; of one matrix the difference and the temporaries of the noise edge in float32, and the Gram
+    matrix of its smaller side in float64 with its eigenvectors. A fifth or more above every peak that
+    `lab/cluster_cost.py` measured: a worker that runs out of memory costs more than one that has some to spare.
+    """
+    matrix = pair.shape[1:] if pair.experts else (pair.shape[0], math.prod(pair.shape[1:]))
+    stored = 2 * math.prod(pair.shape) * (int(re.sub(r"\D", "", pair.dtype.split("_")[0])) // 8)
+    return stored + PEAK_COPIES * 4 * math.prod(matrix) + PEAK_GRAMS * 8 * min(matrix) ** 2 + PEAK_REST
 
 
 def _bit_equal(a: Array, b: Array) -> bool:

@@ -6,13 +6,63 @@ happened, where, and what to do. `slug` is the anchor of the error in `docs/refe
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from typing import ClassVar, Final
+
+_USER: Final = re.compile(
+    r"(?:(?<=://)(?<!github://)|(?<=[a-z]{2}:/)(?!/))"  # github://org:repo@branch names a branch; a Path drops a slash
+    r"(?:[^/?#\s'\"<>]*@"
+    r"|(?!arn:|\[)[^/?#\s'\"<>:@]+:(?!\d+(?:[/?#\s'\"<>,;)]|$))[^\s'\"<>]*@)"  # or a password with a slash
+)
+_LOGIN: Final = re.compile(r"[^\s/:@'\"<>=(]+:[^\s/@'\"<>]+@(?=[\w\[])")
+_QUERY: Final = re.compile(
+    r"(https?://[^\s?#'\"<>]*|\.(?:safetensors|bin|pth?|ckpt|json))"
+    r"\?(?!(?:versionId|version_id|generation|download|revision)=[\w.-]*(?![^\s'\"<>,;)\]]))[^\s'\"<>]+"
+)
+
+
+def without_secrets(text: str) -> str:
+    """Return text whose URLs have lost what may give access: user and password, and the query of a signed link.
+
+    >>> without_secrets("https://ann:pw@host/model.safetensors?X-Amz-Signature=1f cannot be read")
+    'https://***@host/model.safetensors?*** cannot be read'
+    >>> without_secrets("s3://bucket/model.safetensors?versionId=3a, hf://org/name@main")
+    's3://bucket/model.safetensors?versionId=3a, hf://org/name@main'
+    """
+    if ":/" not in text and "?" not in text:
+        return text
+    return _QUERY.sub(r"\1?***", _USER.sub("***@", text))
+
+
+def foreign(text: str) -> str:
+    """Return the words of another library without secrets: it may have taken the URL apart that it quotes.
+
+    >>> foreign('Invalid bucket name "AKID:secret@bucket"')
+    'Invalid bucket name "***@bucket"'
+    """
+    return _LOGIN.sub("***@", without_secrets(text))
+
+
+def showable(error: BaseException) -> BaseException | None:
+    """Return the cause to give to an error of ours: None where its traceback would show the secrets of a URL."""
+    link: BaseException | None = error
+    while link is not None:
+        if any(foreign(text) != text for text in (str(link), repr(link))):
+            return None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 class RankwiseError(Exception):
-    """The root of every error that is the user's to mend. The command line turns it into exit code 2."""
+    """The root of every error that is the user's to mend. The command line turns it into exit code 2.
+
+    No message holds the secrets of a URL, whoever wrote it.
+    """
 
     slug: ClassVar[str] = "error"
+
+    def __init__(self, *words: object) -> None:
+        super().__init__(*(without_secrets(word) if isinstance(word, str) else word for word in words))
 
 
 class UsageError(RankwiseError):
@@ -236,6 +286,12 @@ class ClusterError(RankwiseError):
     """A Ray cluster cannot be reached, or lost the nodes that could do the work."""
 
     slug = "cluster"
+
+
+class BrowserError(RankwiseError):
+    """Pictures of figures need a browser that is not there, or that did not draw."""
+
+    slug = "browser"
 
 
 class AllRunsFailedError(RankwiseError):

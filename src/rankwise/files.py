@@ -36,13 +36,13 @@ def check_writable(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path} cannot be written: no permission to write into {path.parent}.")
 
 
-def write_texts(texts: Mapping[Path, str], *, force: bool) -> None:
-    """Write text files, all or none: each beside its place, synced, then all renamed.
+def write_texts(texts: Mapping[Path, str | bytes], *, force: bool) -> None:
+    """Write files, all or none: each beside its place, synced, then all renamed.
 
     A killed run leaves old files or new ones, never a part. Symbolic links are followed.
 
     Args:
-        texts: path -> contents.
+        texts: path -> contents; text is written as UTF-8.
         force: whether files that exist are replaced.
 
     Raises:
@@ -66,8 +66,8 @@ def write_texts(texts: Mapping[Path, str], *, force: bool) -> None:
                 part.unlink(missing_ok=True)
 
 
-def _write_part(path: Path, text: str) -> tuple[Path, Path]:
-    """Write a text beside its place and return (the part, the place)."""
+def _write_part(path: Path, text: str | bytes) -> tuple[Path, Path]:
+    """Write contents beside its place and return (the part, the place)."""
     try:
         target = path.resolve()
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=".part", dir=target.parent)
@@ -77,8 +77,8 @@ def _write_part(path: Path, text: str) -> tuple[Path, Path]:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}. Nothing was written.") from error
     part = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode("utf-8") if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         mask = os.umask(0)

@@ -152,7 +152,7 @@ def unused_directions(modules: Modules) -> Hit | None:
     text = (
         f"In {_share(few, modules)} half of the r directions or fewer hold 99 % of the energy. That means one of "
         "two things which this file cannot tell apart: these directions were enough for the task, or the "
-        "others were starved by a small scaling or learning rate. `rankwise check --adapter` (planned) is to tell."
+        "others were starved by a small scaling or learning rate. `rankwise check --adapter` tests which."
     )
     return Finding(code="unused-directions", level="info", text=text), few
 

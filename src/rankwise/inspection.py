@@ -9,18 +9,37 @@ import contextlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
-from typing import Literal
+from typing import Final, Literal
 
 from rankwise import criteria, spectra
 from rankwise.checkpoints import open_source
+from rankwise.checkpoints.locate import everywhere
 from rankwise.checkpoints.model import Adapter, Checkpoint, LoraModule
-from rankwise.deltas import Selection, align_names, modules_in, pair_checkpoints, read_deltas, selection
-from rankwise.errors import NothingToMeasureError, ShapeMismatchError, UsageError, WrongKindError
+from rankwise.deltas import (
+    Pair,
+    Selection,
+    align_names,
+    modules_in,
+    pair_checkpoints,
+    pair_memory,
+    read_deltas,
+    selection,
+)
+from rankwise.errors import (
+    NothingToMeasureError,
+    ShapeMismatchError,
+    UsageError,
+    WrongKindError,
+    without_secrets,
+)
 from rankwise.findings import find
 from rankwise.linalg import checked_device, default_device, energy_of, one_thread
 from rankwise.records import Finding, ModuleSpectrum, Skipped, SpectraRecord, SpectraSummary, now, version
+from rankwise.spreading import Work, device_of_workers, spread, told
 
 Progress = Callable[[str, int, int], None]
 """Called with (module, number done, number in all) before each module."""
@@ -37,6 +56,7 @@ def inspect(
     values: int | None = None,
     device: str | None = None,
     seed: int = 0,
+    cluster: str | None = None,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> SpectraRecord:
@@ -53,6 +73,8 @@ def inspect(
         device: "cpu", or a torch device such as "cuda:0" for the spectra of deltas. None means cuda for
             deltas where torch is installed and sees one, else cpu. Adapters are always done on the CPU.
         seed: of the randomised route and of the noise estimate.
+        cluster: address of a Ray cluster: its workers read and measure the modules, with the same result. "local"
+            starts one on this machine. Every source must be readable under this name on every node.
         command: argv to write into the record.
         progress: called before each module.
 
@@ -67,11 +89,11 @@ def inspect(
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed must be from 0 to {2**63 - 1}, got {seed}")
     wanted = selection(modules, skip)
-    chosen = "cpu" if device is None else checked_device(device)
+    chosen = "cpu" if device is None else device_of_workers(device) if cluster is not None else checked_device(device)
     with open_source(source) as opened:
         if isinstance(opened, Adapter):  # factors are small: always on the CPU, and without torch
             kind: Literal["adapter", "delta"] = "adapter"
-            measured, skipped, findings = _adapter(opened, base, wanted, progress)
+            measured, skipped, findings = _adapter(opened, base, wanted, cluster, progress)
         else:
             if base is None:
                 raise WrongKindError(
@@ -82,7 +104,7 @@ def inspect(
             chosen = default_device() if device is None else chosen
             options = spectra.Options(values, chosen, seed)
             with _open_base(base) as before:
-                measured, skipped, findings = _delta(before, opened, wanted, options, progress)
+                measured, skipped, findings = _delta(before, opened, wanted, options, cluster, progress)
     if not measured and not findings:
         raise NothingToMeasureError(
             f"{fspath(source)}: no module is left to measure ({len(skipped)} skipped). "
@@ -93,11 +115,13 @@ def inspect(
         format=SpectraRecord.FORMAT,
         rankwise=version(),
         created=now(),
-        command=tuple(command) if command is not None else _call(source, base, modules, skip, values, device, seed),
+        command=tuple(command)
+        if command is not None
+        else _call(source, base, modules, skip, values, device, seed, cluster),
         device=chosen if kind == "delta" else "cpu",
         seed=seed,
-        source=fspath(source),
-        base=None if base is None else fspath(base),
+        source=without_secrets(fspath(source)),
+        base=None if base is None else without_secrets(fspath(base)),
         kind=kind,
         modules=marked,
         skipped=tuple(skipped),
@@ -116,11 +140,11 @@ def _open_base(base: Source) -> Checkpoint:
 def _call(source: Source, base: Source | None, *rest: object) -> tuple[str, ...]:
     """Spell a call from Python as the command that does the same."""
     words = ["rankwise", "inspect", fspath(source)]
-    named = zip(("base", "modules", "skip", "values", "device", "seed"), (base, *rest), strict=True)
+    named = zip(("base", "modules", "skip", "values", "device", "seed", "cluster"), (base, *rest), strict=True)
     for name, value in named:
         if value is not None and not (name == "seed" and value == 0):
             words += [f"--{name}", str(value)]
-    return tuple(words)
+    return tuple(without_secrets(word) for word in words)
 
 
 Measured = tuple[list[ModuleSpectrum], list[Skipped], tuple[Finding, ...]]
@@ -163,39 +187,112 @@ def _norm(before: Checkpoint, name: str, module: LoraModule) -> float | None:
     return math.sqrt(energy) if math.isfinite(energy) else None
 
 
-def _adapter(opened: Adapter, base: Source | None, wanted: Selection, progress: Progress | None) -> Measured:
+@dataclass(frozen=True, slots=True)
+class _Adapted:
+    """An adapter, and the base it is for where that was given."""
+
+    adapter: Adapter
+    base: Checkpoint | None
+
+
+Named = tuple[LoraModule, str | None]
+"""A module, and its tensor in the base."""
+
+
+def _adapter_spectra(opened: _Adapted, modules: Sequence[Named]) -> Iterator[ModuleSpectrum]:
+    """Measure modules that are stored in one pair of tensors."""
+    for module, tensor in modules:
+        norm = None if tensor is None or opened.base is None else _norm(opened.base, tensor, module)
+        yield spectra.adapter_spectrum(module, *opened.adapter.read_factors(module), norm)
+
+
+def _open_adapter(source: str, base: str | None) -> _Adapted:
+    opened = open_source(source, want="adapter")
+    if not isinstance(opened, Adapter):  # `want` refuses checkpoints: this is for the type checker
+        raise WrongKindError(f"{source} is a full checkpoint")
+    return _Adapted(opened, None if base is None else _open_base(base))
+
+
+TOGETHER: Final = 8
+"""Modules of an adapter that a worker is sent at a time: one takes some milliseconds, and so does sending it."""
+
+
+def _adapter(
+    opened: Adapter, base: Source | None, wanted: Selection, cluster: str | None, progress: Progress | None
+) -> Measured:
     chosen = [m for m in opened.modules if wanted.wants(m.module)]
     if not chosen and opened.modules:
         raise NothingToMeasureError(
             f"--modules and --skip leave none of the {len(opened.modules)} modules; the first is "
             f"{opened.modules[0].module}"
         )
-    measured = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_thread())
         names: dict[str, str] = {}
+        before = None
         if base is not None and chosen:
             before = stack.enter_context(_open_base(base))
             names = _base_names(before, base, chosen)
-        for done, module in enumerate(chosen):
-            if progress is not None:
-                progress(module.module, done, len(chosen))
-            norm = _norm(before, names[module.module], module) if module.module in names else None
-            measured.append(spectra.adapter_spectrum(module, *opened.read_factors(module), norm))
-    return measured, list(opened.skipped), tuple(opened.findings)
+        spelled = None if base is None else fspath(base)
+        stored: dict[str, list[Named]] = {}  # the experts of a stack share a pair of tensors, which is read once
+        for module in chosen:
+            stored.setdefault(opened.stored(module)[0].name, []).append((module, names.get(module.module)))
+        tasks = [tuple(modules) for modules in stored.values()]
+        work = Work(
+            _adapter_spectra,
+            _Adapted(opened, before),
+            lambda: partial(_open_adapter, everywhere(opened.source), None if spelled is None else everywhere(spelled)),
+            one_thread=True,
+        )
+        workers = stack.enter_context(spread(cluster, "--cluster"))
+        results = workers.flat_map(work, tasks, name=lambda task: task[0][0].module, together=TOGETHER)
+        ordered = [module.module for task in tasks for module, _ in task]
+        found = {m.module: m for m in told(results, ordered, progress)}
+    return [found[m.module] for m in chosen], list(opened.skipped), tuple(opened.findings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """Two checkpoints, and what is measured of their deltas."""
+
+    before: Checkpoint
+    tuned: Checkpoint
+    wanted: Selection
+    options: spectra.Options
+
+
+def _delta_spectra(opened: _Compared, pair: Pair) -> Iterator[ModuleSpectrum]:
+    for delta in read_deltas(opened.before, opened.tuned, pair, opened.wanted):
+        yield spectra.delta_spectrum(delta, opened.options)
+
+
+def _open_compared(base: str, tuned: str, wanted: Selection, options: spectra.Options) -> _Compared:
+    checked_device(options.device)
+    return _Compared(_open_base(base), _open_base(tuned), wanted, options)
 
 
 def _delta(
-    before: Checkpoint, tuned: Checkpoint, wanted: Selection, options: spectra.Options, progress: Progress | None
+    before: Checkpoint,
+    tuned: Checkpoint,
+    wanted: Selection,
+    options: spectra.Options,
+    cluster: str | None,
+    progress: Progress | None,
 ) -> Measured:
     pairing = pair_checkpoints(before, tuned, wanted)
-    total = sum(len(modules_in(pair, wanted)) for pair in pairing.pairs)
+    tasks = [(pair, names) for pair in pairing.pairs if (names := modules_in(pair, wanted))]
+    opened = _Compared(before, tuned, wanted, options)
     measured: list[ModuleSpectrum] = []
-    for pair in pairing.pairs:
-        for delta in read_deltas(before, tuned, pair, wanted):
-            if progress is not None:
-                progress(delta.module, len(measured), total)
-            measured.append(spectra.delta_spectrum(delta, options))
+    if tasks:
+        work = Work(
+            _delta_spectra,
+            opened,
+            lambda: partial(_open_compared, everywhere(before.source), everywhere(tuned.source), wanted, options),
+            gpu=options.device != "cpu",
+        )
+        with spread(cluster, "--cluster") as workers:
+            results = workers.flat_map(work, [t for t, _ in tasks], name=lambda pair: pair.module, memory=pair_memory)
+            measured = list(told(results, [name for _, names in tasks for name in names], progress))
     findings = (*before.findings, *tuned.findings, *pairing.findings)
     if not measured and not pairing.skipped:
         raise NothingToMeasureError(

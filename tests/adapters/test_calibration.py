@@ -93,7 +93,9 @@ def test_moments_and_losses_are_those_of_the_model() -> None:
             total, count = total + float(out.loss) * counted, count + counted
     x = np.concatenate(seen)
     np.testing.assert_allclose(first, x.T @ x / len(x), rtol=1e-4, atol=1e-5)  # kept in float32
-    assert moments.loss_of(loaded.model, texts) == pytest.approx(total / count, rel=1e-5)
+    losses = moments.losses_of(loaded.model, texts)
+    assert len(losses) == count
+    assert float(losses.mean()) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_on_a_model_it_lowers_output_error_and_loss_difference(tmp_path: Path) -> None:
@@ -131,4 +133,44 @@ def test_on_a_model_it_lowers_output_error_and_loss_difference(tmp_path: Path) -
     assert all(m.relative_error >= m.least_relative_error for m in record.modules)
     losses = (c.base_loss, c.tuned_loss, c.adapter_loss, c.plain_loss)
     assert all(loss is not None and loss > 0 for loss in losses)
+    assert c.inputs == "tuned"
+    ours, plain = c.loss_difference, c.loss_difference_plain
+    assert ours is not None
+    assert plain is not None
+    assert ours < 0.9 * plain
+    assert ours >= abs(c.adapter_loss - c.tuned_loss)  # a mean of sizes is no less than the size of the mean
+    assert c.loss_difference_lowered == pytest.approx(1 - ours / plain)
     assert json.loads((out / "extraction.json").read_text())["calibration"]["samples"] == c.samples
+
+
+def test_a_tuned_model_that_cannot_be_run_is_fitted_on_the_inputs_of_the_base(tmp_path: Path) -> None:
+    """Weights without a config: their loss is not known, and the record says whose inputs were measured."""
+    pytest.importorskip("torch", reason="torch comes with the train extra")
+    pytest.importorskip("peft", reason="peft comes with the train extra")
+    pytest.importorskip("transformers", reason="transformers comes with the train extra")
+    from safetensors.numpy import load_file, save_file
+
+    import rankwise
+    from rankwise.tuning.tiny import folder
+
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(Path(folder()) / "model.safetensors")
+    rng = np.random.default_rng(0)
+    tensors[name] = tensors[name] + (0.05 * rng.standard_normal(tensors[name].shape)).astype(tensors[name].dtype)
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    record = rankwise.extract(
+        folder(),
+        tmp_path / "tuned.safetensors",
+        tmp_path / "adapter",
+        rank=4,
+        calibration="rankwise:style",
+        calibration_samples=16,
+        device="cpu",
+    )
+    c = record.calibration
+    assert c is not None
+    assert (c.inputs, c.tuned_loss, c.loss_difference, c.loss_difference_lowered) == ("base", None, None, None)
+    assert [m.module for m in record.modules] == [name.removesuffix(".weight")]
+    assert c.output_error is not None
+    assert c.output_error_plain is not None
+    assert c.output_error < c.output_error_plain

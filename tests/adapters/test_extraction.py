@@ -541,13 +541,37 @@ def test_a_full_disk_is_one_message_and_nothing_whole(
 ) -> None:
     before, after = make({f"{Q}.weight": planted(rng, (16, 16), [1]), f"{K}.weight": planted(rng, (8, 16), [1])})
 
+    there = sorted(p.name for p in tmp_path.iterdir())
+
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match=r"out cannot be written: No space left.* Nothing was written\.$"):
+        rankwise.extract(before, after, tmp_path / "out", rank=1, device="cpu")
+    assert sorted(p.name for p in tmp_path.iterdir()) == there  # no place beside OUT either
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_disk_that_fills_up_keeps_what_was_done_and_says_where(
+    make: Make, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    """While the parts are made, and while they are joined."""
+    before, after = make({f"{Q}.weight": planted(rng, (16, 16), [1]), f"{K}.weight": planted(rng, (8, 16), [1])})
+    synced = os.fsync
+
+    def fills(handle: int) -> None:
+        if len(list((tmp_path / ".out.partial" / "parts").glob("*.part"))) == parts:
+            raise OSError(28, "No space left on device")
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", fills)
+    with pytest.raises(OutputError, match=r"No space left.*kept in .*\.out\.partial: the same command goes on"):
         rankwise.extract(before, after, tmp_path / "out", rank=1, device="cpu")
     assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert len(rankwise.extract(before, after, tmp_path / "out", rank=1, device="cpu").modules) == 2
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def _files(folder: Path) -> dict[str, bytes]:

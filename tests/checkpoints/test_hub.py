@@ -1,22 +1,20 @@
 """Hub repositories: from the local cache without a network, and through a stand-in for the hub."""
 
 import http.server
-import json
 import os
-import re
 import subprocess
 import sys
 import threading
 
 import pytest
 
+from checkpoints.hub_server import COMMIT, Hub
 from checkpoints.making import MAKERS, normal, write_shards
 from rankwise.checkpoints import open_source
+from rankwise.checkpoints.locate import everywhere
 from rankwise.errors import SourceNotFoundError
 
 constants = pytest.importorskip("huggingface_hub.constants")
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -65,6 +63,26 @@ def test_cached_file_and_subfolder(cache, rng):
             assert opened.format == "peft"
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("org/name", f"hf://org/name@{COMMIT}"),
+        ("hf://org/name@v2/sub", f"hf://org/name@{COMMIT}/sub"),
+        (f"org/name@{COMMIT}", f"hf://org/name@{COMMIT}"),
+        ("s3://bucket/run", "s3://bucket/run"),
+        ("https://ann:pw@host/m.safetensors?sig=1", "https://ann:pw@host/m.safetensors?sig=1"),
+    ],
+)
+def test_a_hub_id_is_sent_to_other_machines_with_its_commit(cache, rng, given, sent):
+    """Another machine's cache may hold another state of the branch."""
+    folder = cache("org/name")
+    cache("org/name", "v2")
+    MAKERS["peft"](folder, rng)
+    (folder / "sub").mkdir()
+    MAKERS["peft"](folder / "sub", rng)
+    assert everywhere(given) == sent
+
+
 def test_not_cached_and_partly_cached(cache, rng):
     with pytest.raises(SourceNotFoundError, match=r"not in the local cache.*hf download org/name"):
         open_source("org/name")
@@ -85,68 +103,12 @@ def test_another_revision_is_not_the_cached_one(cache, rng):
         open_source("org/name@other")
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's API as HfFileSystem uses to list a repository and read ranges."""
-
-    folder = None
-    log: list = []  # noqa: RUF012
-
-    def _json(self, value, status=200, **headers):
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        for name, text in headers.items():
-            self.send_header(name.replace("_", "-"), text)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _entries(self):
-        files = sorted(p for p in self.folder.iterdir() if p.is_file())
-        return [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
-
-    def do_POST(self):
-        asked = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        self._json([e for e in self._entries() if e["path"] in asked])
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        if not re.match(r"/(api/models/)?org/name(/|$)", path) or "no-such" in path:
-            self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-        elif path.startswith("/api/models/org/name/tree/"):
-            self._json(self._entries())
-        elif path.startswith("/api/models/org/name"):
-            self._json({"id": "org/name", "sha": COMMIT, "siblings": [], "tags": [], "private": False})
-        else:
-            self._file(path.rsplit("/", 1)[-1])
-
-    def _file(self, name):
-        data = (self.folder / name).read_bytes()
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        part = data[int(wanted[1]) : int(wanted[2]) + 1] if wanted else data
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("ETag", '"0"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.log.append((name, len(part)))
-            self.wfile.write(part)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def stand_in(tmp_path):
     """A web server that answers as the hub for org/name; returns (folder, handler, run)."""
     folder = tmp_path / "repo"
     folder.mkdir()
-    handler = type("Hub", (_Hub,), {"folder": folder, "log": []})
+    handler = type("Hub", (Hub,), {"folder": folder, "log": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.making import MAKERS, checkpoint, peft, raw_file
+from checkpoints.making import MAKERS, checkpoint, normal, peft, raw_file, write_shards
 from rankwise.checkpoints import open_source
+from rankwise.checkpoints.locate import everywhere, identity
 from rankwise.errors import (
     AccessError,
     MalformedFileError,
@@ -200,3 +201,33 @@ def test_a_config_json_that_is_broken_is_named(tmp_path, rng):
         open_source(made.source)
     (tmp_path / "config.json").write_text(json.dumps({"time_step_limit": [0.0, float("inf")]}))
     open_source(made.source).close()
+
+
+def test_a_local_path_is_sent_to_other_machines_whole(tmp_path, rng, monkeypatch):
+    made = MAKERS["peft"](tmp_path, rng)
+    monkeypatch.chdir(tmp_path.parent)
+    assert everywhere(tmp_path.name) == str(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert everywhere(f"~/{tmp_path.name}/{made.weights.name}") == str(made.weights)
+
+
+@pytest.mark.parametrize("by", ["folder", "file"])
+def test_another_date_or_size_of_any_file_is_another_source(tmp_path, rng, by):
+    made = MAKERS["peft"](tmp_path, rng)
+    source = str(tmp_path if by == "folder" else made.weights)
+    before = identity(source)
+    assert identity(source) == before
+    (tmp_path / "README.md").write_text("no weights")
+    assert identity(source) == before
+    seen = [before]
+    for file in (made.weights, tmp_path / "adapter_config.json"):  # the config holds alpha
+        os.utime(file, ns=(1, 1))
+        seen.append(identity(source))
+    assert all(one not in seen[:i] for i, one in enumerate(seen))
+
+
+def test_a_shard_that_is_replaced_is_another_source_by_its_index_too(tmp_path, rng):
+    index = write_shards(tmp_path, [{"a": normal(rng, 2)}, {"b": normal(rng, 2)}])
+    before = identity(str(index))
+    os.utime(tmp_path / "model-00002-of-00002.safetensors", ns=(1, 1))
+    assert identity(str(index)) != before

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+import rankwise
 from planting import planted, write_checkpoint
 from rankwise.cli import main as cli
-from rankwise.records import ExtractionRecord, from_json, read_record
+from rankwise.cli.show_extraction import show_extraction
+from rankwise.records import Calibration, ExtractionRecord, from_json, read_record
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -136,3 +139,40 @@ def test_no_input_is_overwritten(flag: str, side: int, run: Run, pair: tuple[Pat
     assert code == 2
     assert "which is read" in errors
     assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize(("ours", "said"), [(0.06, "25.0% lower"), (0.1, "25.0% higher"), (None, None)])
+def test_what_calibration_brought_is_said(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], ours: float | None, said: str | None
+) -> None:
+    """At equal rank: the figures are of the held-out texts, and the difference of losses is said as a share."""
+    calibration = Calibration(
+        data="texts.jsonl",
+        samples=64,
+        tokens=4096,
+        held_out=16,
+        modules=2,
+        output_error=0.06,
+        output_error_plain=0.1,
+        base_loss=3.2,
+        tuned_loss=None if ours is None else 2.5,
+        adapter_loss=2.6,
+        plain_loss=2.7,
+        loss_difference=ours,
+        loss_difference_plain=None if ours is None else 0.08,
+        inputs="base" if ours is None else "tuned",
+    )
+    record = rankwise.extract(*pair, tmp_path / "adapter", rank=2, device="cpu")
+    show_extraction(msgspec.structs.replace(record, calibration=calibration), every=False)
+    out = capsys.readouterr().out
+    inputs = "base" if ours is None else "tuned"
+    assert (
+        "output error on 16 held-out texts of texts.jsonl: 6.000%, without calibration 10.000% "
+        f"(fitted to the inputs of the {inputs} model on 64 others)"
+    ) in out
+    if said is None:
+        assert "off the tuned" not in out
+    else:
+        assert (
+            f"off the tuned model's loss by {ours:.4f} a token, without calibration by 0.0800 at the same ranks: {said}"
+        ) in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from small_models import make_pico
 
 import rankwise
 from rankwise.cli import main as cli
+from rankwise.errors import NothingToMeasureError
 from rankwise.records import CounterTestRecord, PlanRecord, ProbeRecord, read_record
 
 pytest.importorskip("torch", reason="torch comes with the train extra")
@@ -165,6 +167,69 @@ def test_few_rows_are_measured_and_said_to_be_few(pico: Path, rows: list[dict[st
     assert "too-few-rows" in [f.code for f in record.findings]
     assert record.form_bits == pytest.approx(0.0, abs=1e-3)  # float32 sums in another order
     assert record.adaptation == ()
+
+
+def test_weights_that_are_no_numbers_are_refused(run: Run, pico: Path, file: Path, tmp_path: Path) -> None:
+    """Also those that fused attention would make zeros of, with finite figures."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(pico, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = run("probe", broken, file, *QUICK, "-o", tmp_path / "p.json")
+    assert (code, out) == (2, "")
+    assert "broken: model.layers.1.self_attn.q_proj.weight holds NaN or infinity" in err
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_a_loss_that_is_no_number_is_refused(pico: Path, rows: list[dict[str, str]]) -> None:
+    """Weights that are numbers, and logits past float32."""
+    import torch
+
+    from rankwise.tuning.models import load_model
+
+    live = load_model(str(pico), device="cpu")
+    with torch.no_grad():
+        live.model.model.norm.weight.fill_(3e38)
+    with pytest.raises(NothingToMeasureError, match="no finite loss on 12 of 12 rows, first row 0"):
+        rankwise.probe(live.model, rows, tokenizer=live.tokenizer)
+
+
+def test_an_interruption_writes_nothing(
+    run: Run, pico: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankwise.tuning.probing import measuring
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "ramp", stopped)
+    words = ("-o", tmp_path / "p.json", "--plan-out", tmp_path / "plan.json", "--report", tmp_path / "p.html")
+    code, out, err = run("probe", pico, file, "--steps", "1", "--device", "cpu", "--job", "facts", *words)
+    assert (code, out, err) == (130, "", "rankwise: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_leaves_a_live_model_as_it_was(pico: Path, rows: list[dict[str, str]]) -> None:
+    from rankwise.tuning.models import load_model
+
+    live = load_model(str(pico), device="cpu")
+    live.model.train()
+    names = [name for name, _ in live.model.named_parameters()]
+
+    def stop(what: str, done: int, total: int) -> None:
+        assert done <= total
+        if "form" in what and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rankwise.probe(live.model, rows, steps=10, tokenizer=live.tokenizer, progress=stop)
+    assert [name for name, _ in live.model.named_parameters()] == names
+    assert all(p.requires_grad for p in live.model.parameters())
+    assert not any(m._forward_hooks for m in live.model.modules())
+    assert live.model.training
 
 
 # --- check --adapter ----------------------------------------------------------------------------------------

@@ -13,20 +13,23 @@ from typing import Any
 import pytest
 from small_models import make_pico
 
+import rankwise
 from rankwise.cli import main as cli
-from rankwise.cli.show_sweeps import line, standing_table
-from rankwise.records import SweepDryRunRecord, SweepRecord
-from rankwise.sweeping.engine import ENVIRONMENT
+from rankwise.cli.show_sweeps import line, show_sweep, standing_table
+from rankwise.joining import ENVIRONMENT
+from rankwise.records import RunRecord, SweepDryRunRecord, SweepRecord, read_record
 from rankwise.sweeping.grid import make_grid
-from rankwise.sweeping.running import Standing, make_record
+from rankwise.sweeping.recording import make_record
+from rankwise.sweeping.running import Standing
 
 pytest.importorskip("ray", reason="ray comes with the cluster extra")
 pytest.importorskip("trl", reason="trl comes with the train extra")
 
 Run = Callable[..., tuple[int, str, str]]
 
-SMALL = ("--ranks", "2", "4", "--scaling", "lora", "--learning-rates", "1e-2,1e-3", "--seeds", "0,3")
+SMALL = ("--ranks", "2", "4", "--scaling", "rslora", "--learning-rates", "1e-2,1e-3", "--seeds", "0,3")
 QUICK = ("--steps", "2", "--batch-size", "4", "--device", "cpu")
+SWEPT = ("--ranks", "2,4", "--scaling", "rslora", "--learning-rates", "1e-2", "--seeds", "1", *QUICK)
 
 
 @pytest.fixture
@@ -63,10 +66,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(pico: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A sweep by the command itself, in a process of its own, on a Ray that it starts and stops."""
     out = tmp_path_factory.mktemp("sweeps") / "out"
-    words = ("--ranks", "2", "--scaling", "lora,rslora", "--learning-rates", "1e-2", "--seeds", "1")
-    line = [sys.executable, "-m", "rankwise", "sweep", pico, rows, "-o", out, *words, *QUICK, "--forgetting-data", rows]
-    environment = os.environ | ENVIRONMENT
-    return out, subprocess.run([*line, "--jobs", "1"], capture_output=True, text=True, env=environment, timeout=280)
+    line = [sys.executable, "-m", "rankwise", "sweep", pico, rows, "-o", out, *SWEPT, "--forgetting-data", rows]
+    line += ["--jobs", "1", "--keep-adapters"]
+    return out, subprocess.run(line, capture_output=True, text=True, env=os.environ | ENVIRONMENT, timeout=280)
 
 
 def assert_refused(result: tuple[int, str, str], *words: str) -> None:
@@ -85,7 +87,7 @@ def test_a_sweep_says_its_answers_on_stdout_and_nothing_on_stderr(swept: tuple[P
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "no progress where no terminal is, and no word of Ray's"
     assert "2 runs: 2 done" in done.stdout
-    assert "- alpha / r: best learning rates" in done.stdout
+    assert "- alpha / sqrt(r): best learning rates" in done.stdout
     assert "[best-rate-on-edge]" in done.stdout
     assert "[one-seed]" in done.stdout
     record = SweepRecord.from_json((out / "sweep.json").read_text())
@@ -93,20 +95,44 @@ def test_a_sweep_says_its_answers_on_stdout_and_nothing_on_stderr(swept: tuple[P
     assert {c.name for c in out.iterdir()} >= {
         "sweep.json",
         "results.csv",
-        "rank=2,scaling=lora,lr=0.01,seed=0",
         "rank=2,scaling=rslora,lr=0.01,seed=0",
+        "rank=4,scaling=rslora,lr=0.01,seed=0",
     }
+
+
+@pytest.mark.slow
+def test_a_cell_is_what_train_says(swept: tuple[Path, Any], pico: Path, rows: Path, tmp_path: Path) -> None:
+    """With the same flags: recall and forgetting included, and the adapter where that is asked for."""
+    out, _ = swept
+    record = SweepRecord.from_json((out / "sweep.json").read_text())
+    cell = out / "rank=4,scaling=rslora,lr=0.01,seed=0"
+    alone = rankwise.train(
+        str(pico), str(rows), out=tmp_path / "alone", rank=4, scaling="rslora", learning_rate=1e-2, seed=0,
+        steps=2, batch_size=4, device="cpu", forgetting_data=str(rows), save_every=0,
+    )  # fmt: skip
+    run = read_record(cell / "run.json", RunRecord)
+    assert run.config == alone.config
+    # both on one thread of one machine; kernels may still be chosen by the process's history
+    assert run.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert run.recall is not None
+    assert alone.recall is not None
+    assert run.recall.bits == pytest.approx(alone.recall.bits, rel=1e-4, abs=1e-4)
+    assert run.forgetting == pytest.approx(alone.forgetting, rel=1e-4, abs=1e-5)
+    assert record.cells[0].params == record.cells[1].params // 2
+    assert (record.cells[1].bits, record.cells[1].forgetting) == (run.recall.bits, run.forgetting)
+    assert json.loads((cell / "adapter_config.json").read_text())["r"] == 4
+    assert (cell / "adapter_model.safetensors").stat().st_size > 0
+    assert not list(cell.glob("checkpoint-*"))
 
 
 def test_the_same_command_again_has_nothing_to_do(swept: tuple[Path, Any], run: Run, pico: Path, rows: Path) -> None:
     out, _ = swept
-    flags = ("--ranks", "2", "--scaling", "lora,rslora", "--learning-rates", "1e-2", "--seeds", "1", *QUICK)
-    code, printed, err = run("sweep", pico, rows, "-o", out, *flags, "--forgetting-data", rows, "--json")
+    code, printed, err = run("sweep", pico, rows, "-o", out, *SWEPT, "--forgetting-data", rows, "--json")
     assert (code, err) == (0, "")
     assert printed == (out / "sweep.json").read_text()
     assert len(SweepRecord.from_json(printed).cells) == 2
     assert_refused(
-        run("sweep", pico, rows, "-o", out, *flags[:-6], "--steps", "3", *QUICK[2:], "--forgetting-data", rows),
+        run("sweep", pico, rows, "-o", out, *SWEPT[:-6], "--steps", "3", *QUICK[2:], "--forgetting-data", rows),
         "was run with steps 2, not 3",
     )
 
@@ -117,7 +143,7 @@ def test_a_dry_run_lists_the_cells_and_what_they_cost(
     code, printed, err = run("sweep", pico, rows, *SMALL, *QUICK, "--dry-run")
     assert (code, err) == (0, "")
     assert printed.count("rank=") == 8
-    assert "rank=4,scaling=lora,lr=0.001,seed=3" in printed
+    assert "rank=4,scaling=rslora,lr=0.001,seed=3" in printed
     assert "8 runs, 8 to do; 2 steps of training each" in printed
     assert "FLOP" in printed
     out, _ = swept
@@ -125,8 +151,8 @@ def test_a_dry_run_lists_the_cells_and_what_they_cost(
         "sweep", pico, rows, "-o", out, *SMALL, *QUICK, "--forgetting-data", rows, "--dry-run", "--json"
     )
     found = SweepDryRunRecord.from_json(printed)
-    assert found.there == ("rank=2,scaling=lora,lr=0.01,seed=0",)
-    assert found.seconds is not None, "one run is there to go by"
+    assert found.there == ("rank=2,scaling=rslora,lr=0.01,seed=0", "rank=4,scaling=rslora,lr=0.01,seed=0")
+    assert found.seconds is not None, "two runs are there to go by"
 
 
 def test_a_config_file_and_flags_over_it(run: Run, pico: Path, rows: Path, tmp_path: Path) -> None:
@@ -186,7 +212,7 @@ def test_results_of_peft_are_read_without_model_or_data(run: Run, tmp_path: Path
     ],
 )
 def test_what_cannot_be_is_refused(
-    words: tuple[str, ...], told: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_local: Any, words: tuple[str, ...], told: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert_refused(run("sweep", *words), told)
@@ -194,7 +220,7 @@ def test_what_cannot_be_is_refused(
     assert not (tmp_path / "x" / "sweep.json").exists()
 
 
-def test_a_model_that_is_not_there_is_said_once(run: Run, rows: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_said_once(ray_local: Any, run: Run, rows: Path, tmp_path: Path) -> None:
     """Found by a worker, said as if it had been found here."""
     out = tmp_path / "out"
     assert_refused(run("sweep", tmp_path / "no-model", rows, "-o", out, *SMALL, *QUICK), "no-model")
@@ -218,6 +244,30 @@ def test_the_live_table() -> None:
     table = standing_table(standing)
     columns = [list(column.cells) for column in table.columns]
     assert columns == [["lora", "lora"], ["4", "16"], ["++ 15", ".."], ["..", "!."]]
+
+
+def test_the_tables_say_how_runs_ended_and_how_sure_a_mean_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two seeds at 10 and 20: 15, and half an interval of 12.706 (t of 1 degree of freedom) * 5."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "sweeping"))
+    try:
+        from stand_ins import row
+    finally:
+        sys.path.pop(0)
+    cells = (
+        row(4, "lora", 1e-3, 0, 10.0),
+        row(4, "lora", 1e-3, 1, 20.0),
+        row(4, "lora", 1e-2, 0, None, status="failed"),
+        row(4, "lora", 1e-2, 1, None, status="diverged"),
+        *(row(4, "lora", 1e-4, seed, 1.0) for seed in range(8)),
+        row(4, "lora", 1e-4, 8, None, status="diverged"),
+    )
+    record = make_record(cells, model="m", data="d", settings={}, digest="0", command=("x",), device="cpu", seconds=1.0)
+    show_sweep(record, Path("out"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (best,) = (line for line in lines if line[:3] == ["lora", "4", "400"])
+    assert best[3:7] == ["0.001", "15", "±", "64"], "0.001 lies between the rates tried, and no edge is named"
+    runs = {line[2]: line[3:5] for line in lines if line[:2] == ["lora", "4"] and line != best}
+    assert runs == {"0.0001": ["8+", "1x"], "0.001": ["++", "15"], "0.01": ["x!", "-"]}
 
 
 def test_the_record_reads_back_and_says_what_it_is() -> None:

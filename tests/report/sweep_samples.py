@@ -10,7 +10,7 @@ from page_samples import FIXED
 
 from rankwise.records import SweepDryRunRecord, SweepRecord, SweepRun
 from rankwise.sweeping.grid import Cell, make_grid
-from rankwise.sweeping.running import make_record
+from rankwise.sweeping.recording import make_record
 
 RANKS = (4, 16, 64)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)

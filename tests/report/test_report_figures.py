@@ -15,6 +15,7 @@ import probe_samples
 import pytest
 import run_samples
 import stability_samples
+import sweep_samples
 
 from rankwise import criteria
 from rankwise.records import Record, SpectraRecord
@@ -35,6 +36,7 @@ RECORDS: dict[str, Record] = {
     **conversion_samples.RECORDS,
     **extraction_samples.RECORDS,
     **probe_samples.RECORDS,
+    "sweep": sweep_samples.sweep(),
     **{f"plan {name}": record for name, record in plan_samples.RECORDS.items()},
 }
 

@@ -22,9 +22,9 @@ import pytest
 import run_samples
 import stability_samples
 
-import rankwise.report.page as page_module
 from rankwise.errors import RecordError
 from rankwise.records import Finding, Record, Skipped
+from rankwise.report import page as page_module
 from rankwise.report import render_page, words
 from rankwise.report.table import COLUMNS, module_table
 from rankwise.simulation import simulate

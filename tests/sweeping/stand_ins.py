@@ -6,12 +6,16 @@ what to do. Workers import this file by name, so it holds no test.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from rankwise.records import (
     DryRunRecord,
@@ -181,12 +185,14 @@ def starts(folder: Path) -> Counter[str]:
 
 
 def quick(task: Task) -> Ended:
-    """A cell that is over at once; `fail-SEED`, `diverge-SEED` and `crash-SEED` (once) in the data change that."""
+    """A cell over at once; `fail-`, `raise-`, `diverge-`, `die-` and `crash-SEED` (once) in the data change that."""
     folder = begin(task)
     seed = task.cell.seed
     crash = folder / f"crash-{seed}"
     if crash.exists():
         crash.unlink()
+        os._exit(9)
+    if (folder / f"die-{seed}").exists():
         os._exit(9)
     if (folder / f"raise-{seed}").exists():
         raise RuntimeError("planted")
@@ -194,6 +200,16 @@ def quick(task: Task) -> Ended:
         return Ended({}, "ValueError: planted", "Traceback: planted")
     status: Status = "diverged" if (folder / f"diverge-{seed}").exists() else "done"
     return Ended(files_of(run_record(task.cell, status=status, bits=task.cell.rank + 0.1 * seed)))
+
+
+def peaked(task: Task) -> Ended:
+    """A cell whose recall falls with the distance of its rate from 1e-3; `quick`'s mishaps, but for `fail`."""
+    ended = quick(task)
+    record = msgspec.json.decode(ended.files["run.json"], type=RunRecord)
+    if record.status != "done":
+        return ended
+    bits = 50.0 - 10 * abs(math.log10(task.cell.learning_rate / 1e-3)) + 0.1 * task.cell.seed
+    return Ended(files_of(run_record(task.cell, bits=bits)))
 
 
 def slow(task: Task) -> Ended:
@@ -209,7 +225,8 @@ def always_dies(task: Any) -> None:
 
 def main() -> None:
     """Run a sweep of stand-ins in a process of its own: DATA OUT SEEDS."""
-    from rankwise.sweeping.running import _Sweep, run_sweep, settle_sweep
+    from rankwise.sweeping.asking import settle_sweep
+    from rankwise.sweeping.running import _Sweep, run_sweep
 
     data, out, seeds = sys.argv[1:4]
     lists = {"ranks": (4,), "scaling": ("lora",), "learning_rates": (1e-3,), "seeds": int(seeds), "device": "cpu"}
@@ -217,20 +234,36 @@ def main() -> None:
     run_sweep(_Sweep(asked, Path(out), work=slow, look=look))
 
 
+def shares(address: str) -> dict[str, Any]:
+    """Say which of the GPUs that Ray was told of are seen by calls that take a share of one, and a whole one."""
+    from rankwise.sweeping.engine import Engine, Needs
+
+    def seen(_: Any) -> str:
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    with Engine(address, Needs(cpus=0.25, gpus=0.25)) as engine:
+        devices = [outcome.value for outcome in engine.map(seen, {str(k): None for k in range(4)})]
+        told = {"at once": engine.capacity(), "devices": devices}
+    with Engine(address, Needs(cpus=0.25, gpus=None)) as engine:
+        return told | {"whole": [engine.needs.gpus, engine.capacity()], "device": engine.call(seen, None)}
+
+
 def lose_a_node() -> None:
-    """Run a sweep on two nodes and take one away while it works: DATA OUT."""
+    """Run a sweep on two nodes and take one away while it works; before, see who gets which GPU: DATA OUT."""
     import threading
 
     from ray.cluster_utils import Cluster
 
-    from rankwise.sweeping.running import _Sweep, run_sweep, settle_sweep
+    from rankwise.sweeping.asking import settle_sweep
+    from rankwise.sweeping.running import _Sweep, run_sweep
 
     data, out = Path(sys.argv[1]), Path(sys.argv[2])
-    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    small = {"num_cpus": 1, "num_gpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=small)
     try:
         second = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
         cluster.wait_for_nodes()
+        (data / "shares").write_text(json.dumps(shares(cluster.address)))
 
         def take_away() -> None:
             while second.node_id not in ((data / "starts").read_text() if (data / "starts").exists() else ""):

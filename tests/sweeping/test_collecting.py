@@ -155,26 +155,26 @@ def test_a_sweep_with_notes_beside_its_cells_goes_on_and_is_not_deleted(tmp_path
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
-        folder.opened(tmp_path, force=False),
+        folder.opened(tmp_path),
         pytest.raises(UsageError, match="another sweep is at work"),
-        folder.opened(tmp_path, force=False),
+        folder.opened(tmp_path),
     ):
         pass
-    with folder.opened(tmp_path, force=False) as work:
+    with folder.opened(tmp_path) as work:
         assert list(work.iterdir()) == []
 
 
 def test_what_a_killed_sweep_left_is_cleared(tmp_path: Path) -> None:
     left = tmp_path / folder.HIDDEN / folder.WORK / "rankwise-cell.x"
     left.mkdir(parents=True)
-    with folder.opened(tmp_path, force=False) as work:
+    with folder.opened(tmp_path) as work:
         assert not left.exists()
         assert work.is_dir()
 
 
 def test_a_failed_cell_is_replaced_whole(tmp_path: Path) -> None:
     cell = Cell(0, 4, "lora", 1e-3)
-    with folder.opened(tmp_path, force=False):
+    with folder.opened(tmp_path):
         folder.put_cell(tmp_path, cell, {"run.json": b"1", "traceback.txt": b"old"}, REQUEST)
         folder.put_cell(tmp_path, cell, {"run.json": b"2", "logs/a": b"new"}, REQUEST)
     assert sorted(p.name for p in (tmp_path / cell.name).iterdir()) == ["cell.json", "logs", "run.json"]

@@ -159,7 +159,7 @@ def test_results_of_peft_are_rows_with_the_same_answers(tmp_path: Path) -> None:
     assert record.config.score == "exact_share"
     assert record.device == "NVIDIA L40S"
     assert record.rank_effects[0].verdict == "helps"
-    assert "raising the rank helps: share of exact answers +3.2%" in record.answers[0]
+    assert "raising the rank helps: share of exact answers +3.2 points" in record.answers[0]
 
 
 def test_what_is_no_lora_run_or_has_other_settings_is_named(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rankwise.errors import ConfigError, RankwiseError, UsageError
 from rankwise.scaling import SCALINGS
+from rankwise.sweeping.asking import settle_sweep
 from rankwise.sweeping.grid import Cell, cell_of, make_grid, seeds_of
-from rankwise.sweeping.running import settle_sweep
 from rankwise.sweeping.settings import OF_THE_CELL, TRAINING, default_rates, make_request, read_config
 from rankwise.tuning.training import train
 
@@ -109,11 +109,12 @@ def test_local_paths_are_written_in_full(tmp_path: Path, monkeypatch: pytest.Mon
         ({"steps": 3, "epochs": 1.0}, "--steps and --epochs both say"),
         ({"optimizer": "adamw", "batch_size": 7, "gradient_accumulation": 2}, "must be a multiple"),
         ({"stop_when_unstable": 0}, "--stop-when-unstable must be 1 or more"),
-        ({"steps": "many"}, "wrong type"),
+        ({"steps": "many"}, "--steps must be a whole number, got 'many'"),
         ({"jobs": 0}, "--jobs must be 1 or more"),
         ({"cpus_per_run": float("nan")}, "--cpus-per-run must be"),
         ({"gpus_per_run": 1.5}, "a share of one GPU"),
         ({"gpus_per_run": 1.0, "device": "cpu"}, "contradict"),
+        ({"device": "cuda:1"}, "--device cuda:1: in a sweep it is cpu or cuda"),
         ({"seeds": 0}, "--seeds must be 1 or more"),
     ],
 )

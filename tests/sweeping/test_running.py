@@ -12,7 +12,11 @@ import stand_ins
 import rankwise
 from rankwise.errors import AllRunsFailedError, NoDataError, UsageError
 from rankwise.records import RunRecord, SweepRecord, read_record
-from rankwise.sweeping.running import Standing, _Sweep, dry_sweep, run_sweep, settle_sweep
+from rankwise.sweeping.asking import settle_sweep
+from rankwise.sweeping.cells import Refused, Task, look_ahead, train_cell
+from rankwise.sweeping.grid import Cell
+from rankwise.sweeping.running import Standing, _Sweep, dry_sweep, run_sweep
+from rankwise.sweeping.settings import make_request
 
 pytest.importorskip("ray", reason="ray comes with the cluster extra")
 
@@ -28,8 +32,8 @@ def run(data: Path, out: Path, *, force: bool = False, work: Any = stand_ins.qui
     lists = {"ranks": (2, 4), "scaling": ("lora",), "learning_rates": (1e-3,), "seeds": 2, "device": "cpu"}
     seen: list[Standing] = more.pop("seen", [])
     asked = settle_sweep("model", str(data), lists | more)
-    under_way = _Sweep(asked, out, work=work, look=stand_ins.look, command=("test",), progress=seen.append)
-    return run_sweep(under_way, force=force)
+    under_way = _Sweep(asked, out, work=work, look=stand_ins.look, command=("test",), progress=seen.append, anew=force)
+    return run_sweep(under_way)
 
 
 def test_a_sweep_leaves_a_folder_a_cell_a_record_and_tables(ray_local: Any, data: Path, tmp_path: Path) -> None:
@@ -150,6 +154,15 @@ def test_what_is_wrong_with_the_input_is_said_once_and_nothing_is_run(
     assert not list((tmp_path / "out").glob("rank=*"))
 
 
+def test_a_worker_of_another_version_trains_nothing() -> None:
+    task = Task(make_request("m", "d", {}), Cell(0, 4, "lora", 1e-3), version="99.0")
+    found = look_ahead(task)
+    assert isinstance(found, Refused)
+    assert (found.kind, train_cell(task).files) == ("ClusterError", {})
+    assert "and the sweep 99.0; every node needs the same" in found.message
+    assert train_cell(task).error == found.message
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
@@ -157,34 +170,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = [{"prompt": f"The office of {word} is in", "completion": f" {word}."} for word in words]
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     return path
-
-
-@pytest.mark.slow
-def test_real_runs_are_those_of_train(ray_local: Any, pico: Path, rows: Path, tmp_path: Path) -> None:
-    """A cell's record is what `train` with the same flags says, and its adapter is kept where that is asked for."""
-    pytest.importorskip("trl", reason="trl comes with the train extra")
-    shared: dict[str, Any] = {"steps": 3, "batch_size": 4, "forgetting_data": str(rows), "device": "cpu"}
-    record = rankwise.sweep(
-        pico, rows, out=tmp_path / "out", ranks=(2, 4), scaling=("rslora",), learning_rates=(1e-2,), seeds=1,
-        keep_adapters=True, jobs=1, **shared,
-    )  # fmt: skip
-    assert [c.status for c in record.cells] == ["done", "done"], [c.error for c in record.cells]
-    cell = tmp_path / "out" / "rank=4,scaling=rslora,lr=0.01,seed=0"
-    alone = rankwise.train(
-        str(pico), str(rows), out=tmp_path / "alone", rank=4, scaling="rslora", learning_rate=1e-2, seed=0,
-        save_every=0, **shared,
-    )  # fmt: skip
-    swept = read_record(cell / "run.json", RunRecord)
-    assert swept.config == alone.config
-    # both on one thread of one machine; kernels may still be chosen by the process's history
-    assert swept.loss == pytest.approx(alone.loss, rel=1e-5)
-    assert swept.recall is not None
-    assert alone.recall is not None
-    assert swept.recall.bits == pytest.approx(alone.recall.bits, rel=1e-4, abs=1e-4)
-    assert record.cells[0].params == record.cells[1].params // 2
-    assert json.loads((cell / "adapter_config.json").read_text())["r"] == 4
-    assert (cell / "adapter_model.safetensors").stat().st_size > 0
-    assert not list(cell.glob("checkpoint-*"))
 
 
 def test_a_dry_run_lists_and_counts_and_writes_nothing(pico: Path, rows: Path, tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def test_embeddings_are_refused_by_name(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_experts_are_refused(tmp_path):
-    with pytest.raises(CannotCarryError, match="one expert of a stacked parameter"):
+def test_experts_without_their_model_are_refused(tmp_path):
+    with pytest.raises(CannotCarryError, match=r"is a stack of experts.* Give --model"):
         write_untrained(planned([("mlp.experts.down_proj[0]", (8, 8), 4, 8.0)]), tmp_path / "start")
 
 

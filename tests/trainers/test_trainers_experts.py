@@ -228,13 +228,112 @@ def test_trainers_without_parameters_refuse_experts(trainer):
         export(plan, trainer, uniform=True)
 
 
-def test_an_untrained_adapter_is_refused(tmp_path):
+def test_an_untrained_adapter_of_experts_needs_the_model(tmp_path):
+    """How PEFT nests and turns their tensors depends on it."""
     plan = planned(stack("model.layers.0.mlp.experts.down_proj", DOWN, 4, 8.0))
-    with pytest.raises(CannotCarryError, match="not written for stacked parameters"):
-        export(plan, "peft", adapter=str(tmp_path))
-    with pytest.raises(CannotCarryError, match="one expert of a stacked parameter"):
-        write_untrained(plan, tmp_path / "start")
+    for model in (None, str(tmp_path)):  # no config.json
+        with pytest.raises(CannotCarryError, match=r"experts\.down_proj is a stack of experts.* Give --model"):
+            write_untrained(plan, tmp_path / "start", model=model)
     assert not (tmp_path / "start").exists()
+
+
+def test_an_untrained_adapter_has_no_conv1d_beside_experts(tmp_path):
+    plan = planned([("h.0.attn.c_attn", (96, 32), 4, 8.0), *stack("h.0.moe.down_proj", DOWN, 4, 8.0)])
+    with pytest.raises(CannotCarryError, match=r"Conv1D, h\.0\.attn\.c_attn"):
+        write_untrained(plan, tmp_path / "start")
+
+
+def started(model, folder):
+    """Put the folder on a model as trainers do; a tensor that is missing, or one too many, fails."""
+    import warnings
+
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        made = PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+    assert not [w for w in heard if "missing" in str(w.message) or "unexpected" in str(w.message).lower()]
+    return made
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("rule", ["lora", "rslora", "unscaled"])
+@pytest.mark.parametrize("alone", [False, True], ids=["with a layer", "experts alone"])
+def test_peft_trains_experts_from_an_untrained_adapter(alone, rule, mixtral, tmp_path):
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import load_file
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    plan = planned(rows()[alone:], rule)
+    write_untrained(plan, tmp_path / "start", model=str(mixtral))
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig.from_pretrained(mixtral)).eval()
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        before = base(ids).logits
+    model = started(base, tmp_path / "start")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)  # B = 0: the base exactly
+    found = {}
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            parameter = getattr(layer, "parameter_name", None)
+            name = name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
+            found[name] = (layer.r["default"], pytest.approx(layer.scaling["default"], rel=1e-12))
+    assert found == wanted(plan)
+    trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    tensors = load_file(tmp_path / "start" / "adapter_model.safetensors")
+    assert trained.keys() == tensors.keys()
+    for name, parameter in trained.items():
+        assert torch.equal(parameter.detach(), tensors[name])
+        if "lora_A" in name:  # as PEFT starts it: uniform within 1 / sqrt(in), and not all alike
+            bound = tensors[name].shape[1] ** -0.5
+            assert 0.8 * bound < float(tensors[name].abs().max()) <= bound
+    model(ids, labels=ids).loss.backward()
+    assert all(float(p.grad.abs().sum()) > 0 for n, p in trained.items() if "lora_B" in n)
+
+
+@pytest.mark.interop
+def test_experts_that_a_model_stores_turned_start_in_its_shape(tmp_path):
+    """gpt-oss keeps (experts, in, out): the shapes of the factors are PEFT's own, and the folder loads."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("peft", reason="peft is not installed; it comes with the extra train")
+    import torch
+
+    if not hasattr(transformers, "GptOssConfig"):
+        pytest.skip("this transformers has no gpt-oss")
+    config = transformers.GptOssConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, num_local_experts=EXPERTS, num_experts_per_tok=2, layer_types=["full_attention"],
+    )  # fmt: skip
+    config.architectures = ["GptOssForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    write_untrained(planned(stack(name, (128, 32), 4, 8.0)), tmp_path / "start", model=str(tmp_path / "base"))
+    torch.manual_seed(0)
+    base = transformers.GptOssForCausalLM(config).eval()
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        before = base(ids).logits
+        assert torch.equal(started(base, tmp_path / "start")(ids).logits, before)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("trainer", ["peft", "axolotl", "unsloth", "trl", "llamafactory"])
+def test_trainers_start_from_an_adapter_of_experts(trainer, mixtral, tmp_path):
+    plan = planned(rows())
+    start = tmp_path / "start"
+    write_untrained(plan, start, model=str(mixtral))
+    made = export(plan, trainer, model=str(mixtral), adapter=str(start))
+    assert any(f"{start} was compared with the plan: 4 modules" in note for note in made.notes)
+    assert all("target_parameters" not in text for text in made.files.values())  # the folder's own config says it
+    config = json.loads((start / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (start / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ReadBackError, match="is not the plan"):
+        export(plan, trainer, model=str(mixtral), adapter=str(start))
 
 
 def test_conv1d_and_experts_do_not_go_together():

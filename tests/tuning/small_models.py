@@ -40,3 +40,53 @@ def make_pico(path: Path, *, seed: int = 0) -> Path:
         if (folder() / name).exists():
             shutil.copy(folder() / name, path / name)
     return path
+
+
+def pack_to_4_bit(model: object) -> None:
+    """Put stand-ins for bitsandbytes' `Linear4bit` in place of the linear layers but the head, as its loader does.
+
+    What they share with it is what code trips over: a `Linear` with its sizes, whose `weight` is one column of bytes,
+    two numbers in each, and which is unpacked in every forward pass. The grid is a plain one of 16 steps a row.
+    """
+    import torch
+    from torch import nn
+    from torch.nn.functional import linear
+
+    class Linear4bit(nn.Linear):
+        """Named as that of bitsandbytes."""
+
+        def __init__(self, layer: nn.Linear) -> None:
+            nn.Module.__init__(self)
+            self.in_features, self.out_features = layer.in_features, layer.out_features
+            weight = layer.weight.detach().float()
+            self.register_buffer("step", weight.abs().amax(dim=1, keepdim=True) / 7)
+            codes = (weight / self.step).round().to(torch.int8).add(8).to(torch.uint8).reshape(-1, 2)
+            self.weight = nn.Parameter((16 * codes[:, :1] + codes[:, 1:]).contiguous(), requires_grad=False)
+            self.register_parameter("bias", None)
+
+        def unpacked(self) -> torch.Tensor:
+            codes = torch.cat([self.weight // 16, self.weight % 16], dim=1).reshape(self.out_features, -1)
+            return (codes.float() - 8) * self.step
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return linear(x, self.unpacked().to(x.dtype))
+
+    assert isinstance(model, nn.Module)
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not head:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Linear4bit(module))
+
+
+def unpack_to_floats(model: object) -> None:
+    """Put plain layers with the same values in place of what `pack_to_4_bit` made."""
+    from torch import nn
+
+    assert isinstance(model, nn.Module)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            plain = nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight = nn.Parameter(module.unpacked(), requires_grad=False)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, plain)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rankwise
+
 pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("peft", reason="peft comes with the train extra")
 
-from rankwise.errors import RankwiseError, UnsupportedAdapterError, UsageError
-from rankwise.records import CounterMove, CounterTestRecord, from_json, to_json
-from rankwise.tuning import countertest
-from rankwise.tuning.countertest import Move, counter_test, judge, paired
+from rankwise.errors import NothingToMeasureError, RankwiseError, UnsupportedAdapterError, UsageError
+from rankwise.records import CounterTestRecord, from_json, to_json
+from rankwise.tuning import continuing, countertest
+from rankwise.tuning.borrowing import borrowed
+from rankwise.tuning.continuing import Move
+from rankwise.tuning.countertest import counter_test
 from rankwise.tuning.models import load_model
 from rankwise.tuning.probing.passes import TokenRow, rows_of
-from rankwise.tuning.training import borrowed
 from rankwise.tuning.world.builtin import read_builtin
 
 ROWS = [dict(row) for row in read_builtin("rankwise:facts?n=4&seed=0").rows[:16]]
@@ -42,7 +46,7 @@ def make_adapter(pico: Path, out: Path, *, rank: int, alpha: float, rate: float,
             model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=modules)
         )
         weights = [p for p in tuned.parameters() if p.requires_grad]
-        countertest._steps(tuned, weights, encoded(loaded.tokenizer), steps=steps, size=8, rate=rate, seed=0)
+        continuing.take_steps(tuned, weights, encoded(loaded.tokenizer), steps=steps, size=8, rate=rate, seed=0)
         tuned.save_pretrained(out)
     return out
 
@@ -84,11 +88,11 @@ def test_all_ways_of_going_on_begin_from_the_same_function(pico: Path, tmp_path:
     with borrowed(loaded.model) as model, torch.random.fork_rng():
         tuned = recalling.attach_adapter(model, str(adapter), recalling.check_adapter(adapter))
         tuned.eval()
-        begin = countertest._loss(tuned, rows)
-        start = countertest._layers(tuned)
+        begin = continuing.loss_of(tuned, rows)
+        start = continuing.layers_of(tuned)
         for move in (Move("as it is"), Move("scale", 64), Move("rank", 4), Move("rank", 1000), Move("rate", 16)):
-            weights = countertest._set(start, move, seed=1)
-            assert countertest._loss(tuned, rows) == pytest.approx(begin, rel=1e-5)
+            weights = continuing.place(start, move, seed=1)
+            assert continuing.loss_of(tuned, rows) == pytest.approx(begin, rel=1e-5)
             assert all(w.requires_grad for w in weights)
             assert max(len(layer.layer.lora_A["default"].weight) for layer in start) <= 32
 
@@ -101,62 +105,6 @@ def test_the_live_model_comes_back_as_it_was(pico: Path, tmp_path: Path) -> None
     after = dict(loaded.model.named_parameters())
     assert after.keys() == before.keys()
     assert all((after[name] == before[name]).all() for name in before)
-
-
-def moves(*gains: tuple[float, float, float] | None) -> list[CounterMove]:
-    """Return moves of which each gained (mean, low, high) of its interval."""
-    found = [
-        CounterMove(
-            move="as it is",
-            text="as it is",
-            rank=1,
-            factor=1.0,
-            losses=(1.0, 1.0),
-            loss=1.0,
-            gain=None,
-            gain_interval=None,
-        )
-    ]
-    for name, gain in zip(("scale", "rank", "rate"), gains, strict=True):
-        mean = None if gain is None else gain[0]
-        losses = (None, None) if mean is None else (1.0 - mean, 1.0 - mean)
-        found.append(
-            CounterMove(
-                move=name,
-                text=name,
-                rank=1,
-                factor=4.0,
-                losses=losses,
-                loss=losses[0],
-                gain=mean,
-                gain_interval=None if gain is None else gain[1:],
-            )
-        )
-    return found
-
-
-@pytest.mark.parametrize(
-    ("gains", "scaling", "verdict"),
-    [
-        (((0.5, 0.4, 0.6), (0.1, 0.05, 0.15), (0.2, 0.1, 0.3)), 2.0, "starved by scale"),
-        (((0.1, 0.05, 0.2), (0.5, 0.4, 0.6), (0.2, 0.1, 0.3)), 2.0, "starved by rank"),
-        (((0.500, 0.49, 0.51), (0.1, 0.05, 0.15), (0.505, 0.49, 0.52)), 0.01, "starved by scale"),
-        (((0.505, 0.49, 0.51), (0.1, 0.05, 0.15), (0.500, 0.49, 0.52)), 2.0, "starved by rate"),
-        (((-0.1, -0.2, 0.0), (0.005, 0.0, 0.01), None), 2.0, "sufficient"),
-        (((0.1, -0.2, 0.4), (0.0, -0.1, 0.1), (-0.1, -0.2, 0.0)), 2.0, "undecided"),
-    ],
-)
-def test_verdicts(gains: Any, scaling: float, verdict: str) -> None:
-    assert judge(moves(*gains), 1.0, scaling)[0] == verdict
-
-
-def test_intervals_are_students() -> None:
-    """Of 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 4.303 at two degrees of freedom."""
-    mean, interval = paired([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert interval is not None
-    assert interval[1] - interval[0] == pytest.approx(2 * 4.303 / 3**0.5)
-    assert paired([1.0, float("nan")]) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -186,3 +134,110 @@ def test_dora_and_missing_adapters_are_refused(pico: Path, tmp_path: Path) -> No
         counter_test(str(pico), tmp_path / "d", ROWS, steps=1, seeds=2, device="cpu")
     with pytest.raises(RankwiseError):
         counter_test(str(pico), tmp_path / "nothing", ROWS, device="cpu")
+
+
+def test_experts_in_one_parameter_are_refused() -> None:
+    """PEFT's ParamWrapper is a LoraLayer whose factors are those of all experts side by side."""
+    from types import SimpleNamespace
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=50, num_key_value_heads=1, num_local_experts=2, **sizes)
+    config_of = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    with torch.random.fork_rng():
+        tuned = get_peft_model(MixtralForCausalLM(config), config_of)
+    with pytest.raises(UnsupportedAdapterError, match="stacked experts"):
+        continuing.layers_of(SimpleNamespace(base_model=tuned.base_model))
+
+
+def test_losses_that_are_no_numbers_are_refused_before_any_step(pico: Path, tmp_path: Path) -> None:
+    import torch
+
+    adapter = make_adapter(pico, tmp_path / "a", rank=2, alpha=8.0, rate=1e-2, steps=1, modules=["q_proj"])
+    loaded = load_model(str(pico), device="cpu")
+    more: dict[str, Any] = {"steps": 1, "seeds": 2, "tokenizer": loaded.tokenizer}
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in weights.items()}
+    shutil.copytree(adapter, tmp_path / "b")
+    save_file(broken, tmp_path / "b" / "adapter_model.safetensors")
+    # the loss does not tell: fused attention makes zeros of such queries
+    with pytest.raises(NothingToMeasureError, match=r"b: .*q_proj.lora_A.* holds NaN or infinity, as do 3 more"):
+        counter_test(loaded.model, tmp_path / "b", ROWS, **more)
+    with torch.no_grad():
+        loaded.model.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(NothingToMeasureError, match=r"LlamaForCausalLM.*model\.norm\.weight holds NaN"):
+        counter_test(loaded.model, adapter, ROWS, **more)
+
+
+def test_with_more_rows_than_the_steps_take_some_are_gone_on_with(pico: Path, tmp_path: Path) -> None:
+    """Rows that no step sees cannot be learnt in it, and would only thin out what is gained."""
+    adapter = make_adapter(pico, tmp_path / "a", rank=2, alpha=8.0, rate=1e-2, steps=1, modules=["q_proj"])
+    few = counter_test(str(pico), adapter, ROWS, steps=2, batch_size=4, seeds=2, device="cpu")
+    assert (few.examples, few.judged_examples) == (16, 8)
+    assert "sampled-rows" in [f.code for f in few.findings]
+    every = counter_test(str(pico), adapter, ROWS, steps=2, batch_size=8, seeds=2, device="cpu")
+    assert (every.examples, every.judged_examples) == (16, 16)
+    assert "sampled-rows" not in [f.code for f in every.findings]
+
+
+def test_what_counts_as_a_gain_is_a_share_of_the_loss_and_of_the_bases(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(pico, tmp_path / "a", rank=2, alpha=8.0, rate=1e-2, steps=20, modules="all-linear")
+    small: dict[str, Any] = {"steps": 1, "batch_size": 4, "seeds": 2, "device": "cpu"}
+    found = counter_test(str(pico), adapter, ROWS, **small)
+    assert found.start_loss < 0.9 * found.base_loss
+    assert found.least_gain == pytest.approx(0.02 * found.start_loss)
+    monkeypatch.setattr(countertest, "LEAST_OF_BASE", 0.02)
+    found = counter_test(str(pico), adapter, ROWS, **small)
+    assert found.least_gain == pytest.approx(0.02 * found.base_loss)
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 7e-4), ("sgd", 2e-4)])
+def test_the_rate_is_that_of_the_run_where_adamw_would_bear_it(
+    pico: Path, tmp_path: Path, optimizer: str, rate: float
+) -> None:
+    rankwise.train(
+        str(pico), ROWS, out=tmp_path / "run", rank=2, steps=1, optimizer=optimizer, learning_rate=7e-4, batch_size=4,
+        save_every=0, monitor_every=0, device="cpu", recall=False,
+    )  # fmt: skip
+    assert countertest._rate_of(tmp_path / "run", str(pico)) == rate
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert countertest._rate_of(tmp_path / "run", str(pico)) == 2e-4, "the default for a model that is not built in"
+
+
+def test_how_far_to_go_ends_where_the_loss_no_longer_falls() -> None:
+    tried: list[int] = []
+
+    def going(losses: dict[int, float]) -> Any:
+        def go(move: Move) -> float:
+            tried.append(move.factor)
+            return losses[move.factor]
+
+        return go
+
+    assert countertest._climb("rank", (4, 16, 64), going({4: 2.0, 16: 1.0, 64: 1.5})) == Move("rank", 16)
+    assert countertest._climb("rate", (4, 16, 64), going({4: 2.0, 16: 2.0})) == Move("rate", 4)
+    assert countertest._climb("rate", (4, 16, 64), going({4: float("nan")})) == Move("rate", 4)
+    assert tried == [4, 16, 64, 4, 16, 4]
+
+
+def test_an_interruption_leaves_the_live_model_as_it_was(pico: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(pico, tmp_path / "a", rank=2, alpha=8.0, rate=1e-2, steps=1, modules=["q_proj"])
+    loaded = load_model(str(pico), device="cpu")
+    names = [name for name, _ in loaded.model.named_parameters()]
+
+    def stop(what: str, done: int, total: int) -> None:
+        assert done <= total
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        counter_test(loaded.model, adapter, ROWS, steps=1, seeds=2, tokenizer=loaded.tokenizer, progress=stop)
+    assert [name for name, _ in loaded.model.named_parameters()] == names
+    assert all(p.requires_grad for p in loaded.model.parameters())

@@ -12,7 +12,7 @@ from run_samples import replace as replaced
 
 from rankwise.errors import OutputError, OutputExistsError, UsageError
 from rankwise.records import DemoRecord, DemoRun, RunRecord, SpectraRecord, read_record
-from rankwise.tuning import demonstration, training
+from rankwise.tuning import baselines, demonstration
 from rankwise.tuning.demonstration import CELLS, Cell, _row, demo, open_demo, reading
 from rankwise.tuning.world import builtin
 
@@ -211,7 +211,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def shrink(patch: pytest.MonkeyPatch) -> None:
     for name, size in {"PEOPLE": 3, "STYLED": 2, "STEPS": 4, "STYLE_STEPS": 3, "BATCH": 4}.items():
         patch.setattr(demonstration, name, size)
-    patch.setattr(training, "PLAIN", "rankwise:plain?n=8")
+    patch.setattr(baselines, "PLAIN", "rankwise:plain?n=8")
     patch.setattr(builtin, "KNOWN_PEOPLE", 45)  # the style run asks about all of them
 
 

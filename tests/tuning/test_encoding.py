@@ -78,7 +78,7 @@ def theirs(model: Any, rows: Any, tokenizer: Any, tmp_path: Path, length: int = 
     """Return the columns that TRL trains on, for rows given as they are."""
     import datasets
 
-    from rankwise.tuning.training import quiet
+    from rankwise.tuning.borrowing import quiet
 
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

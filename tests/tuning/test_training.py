@@ -431,7 +431,7 @@ def test_activations_are_counted_as_autograd_keeps_them(pico: Path, checkpointin
     from rankwise.tuning import attach
     from rankwise.tuning.memory import activation_bytes
     from rankwise.tuning.options import Options
-    from rankwise.tuning.training import prepare
+    from rankwise.tuning.preparing import prepare
 
     job = prepare(str(pico), FACTS, Options(rank=8, gradient_checkpointing=checkpointing), device="cpu")
     tuned = get_peft_model(

@@ -13,6 +13,7 @@ from rankwise import (
     ModuleSpectrum,
     PlanRecord,
     RankwiseError,
+    ReportRecord,
     SimulationRecord,
     SpectraRecord,
     SpectraSummary,
@@ -21,12 +22,14 @@ from rankwise import (
     check,
     convert,
     extract,
+    figures,
     inspect,
     lint,
     lora_approximation,
     plan,
     read_record,
     render_page,
+    report,
     scaling,
     simulate,
     sweep,
@@ -113,6 +116,18 @@ def sweeps(path: Path) -> None:
     assert_type(record.points[0].score.ci, tuple[float, float] | None)
     assert_type(record.answers, tuple[str, ...])
     sweep("rankwise:tiny", "rankwise:facts", path)  # type: ignore[call-arg]
+
+
+def reports(record: SpectraRecord, path: Path) -> None:
+    made = report(record, path, "facts", out="page.html")
+    assert_type(made, ReportRecord)
+    assert_type(made.parts[0].figures, tuple[str, ...])
+    for name, figure in figures(record, path).items():
+        assert_type(name, str)
+        assert_type(figure.to_html(), str)
+        assert_type(figure.to_csv(), str)
+        figure.to_plotly("dim")  # type: ignore[arg-type]
+    report(record)  # type: ignore[call-arg]
 
 
 def errors() -> None:

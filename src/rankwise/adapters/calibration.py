@@ -13,7 +13,7 @@ import math
 import statistics
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ from rankwise.linalg import energy_of
 from rankwise.records import Calibration, ExtractionRecord, to_json
 
 if TYPE_CHECKING:
-    from rankwise.adapters.extraction import Job
+    from rankwise.adapters.extraction import Job, Progress
+    from rankwise.tuning.moments import Measured, Texts
 
 Array = NDArray[Any]
 
@@ -90,7 +91,7 @@ def calibrated(job: Job, base: str, tuned: str, data: str, *, samples: int) -> E
     Args:
         job: the extraction.
         base: source of the base, a model that transformers loads.
-        tuned: source of the tuned model.
+        tuned: source of the tuned model, whose inputs are measured where it can be run; else those of the base are.
         data: texts.
         samples: texts to measure inputs on.
 
@@ -103,20 +104,22 @@ def calibrated(job: Job, base: str, tuned: str, data: str, *, samples: int) -> E
     device = str(job.options["device"])
     loaded = load_model(base, device=device)
     texts = moments.read_texts(data, loaded, samples=samples)
-    measured = moments.measure(loaded.model, texts, progress=job.progress)
-    identity = {"data": texts.name, "texts": len(texts.fit), "digest": texts.digest}
-    base_loss = moments.loss_of(loaded.model, texts)
+    base_losses = moments.losses_of(loaded.model, texts)
+    del loaded  # one model in memory at a time
+    found_inputs = _inputs_of_tuned(tuned, texts, device=device, progress=job.progress)
+    loaded = load_model(base, device=device)
+    if found_inputs is None:
+        measured, tuned_losses = moments.measure(loaded.model, texts, progress=job.progress), None
+    else:
+        measured, tuned_losses = found_inputs
+    inputs: Literal["base", "tuned"] = "base" if found_inputs is None else "tuned"
+    identity = {"data": texts.name, "texts": len(texts.fit), "digest": texts.digest, "inputs": inputs}
     record = job.run(measured, identity)
-    adapter_loss = moments.loss_with(loaded.model, str(job.out), texts)
+    adapter_losses = moments.losses_with(loaded.model, str(job.out), texts)
     with tempfile.TemporaryDirectory() as beside:
         plain = job.elsewhere(Path(beside) / "plain")
         plain.run(None, None)
-        plain_loss = moments.loss_with(loaded.model, str(plain.out), texts)
-    del loaded
-    try:
-        tuned_loss: float | None = moments.loss_of(load_model(tuned, device=device).model, texts)
-    except RankwiseError:  # weights without a config or a tokenizer: there is no model to run
-        tuned_loss = None
+        plain_losses = moments.losses_with(loaded.model, str(plain.out), texts)
     errors = [(m.output_error, m.output_error_plain) for m in record.modules]
     known = [(a, b) for a, b in errors if a is not None and b is not None]
     found = Calibration(
@@ -124,13 +127,16 @@ def calibrated(job: Job, base: str, tuned: str, data: str, *, samples: int) -> E
         samples=len(texts.fit),
         tokens=texts.tokens,
         held_out=len(texts.held_out),
+        inputs=inputs,
         modules=len(known),
         output_error=_root_mean_square([a for a, _ in known]),
         output_error_plain=_root_mean_square([b for _, b in known]),
-        base_loss=_finite(base_loss),
-        tuned_loss=_finite(tuned_loss),
-        adapter_loss=_finite(adapter_loss),
-        plain_loss=_finite(plain_loss),
+        base_loss=_mean(base_losses),
+        tuned_loss=None if tuned_losses is None else _mean(tuned_losses),
+        adapter_loss=_mean(adapter_losses),
+        plain_loss=_mean(plain_losses),
+        loss_difference=None if tuned_losses is None else _mean(np.abs(adapter_losses - tuned_losses)),
+        loss_difference_plain=None if tuned_losses is None else _mean(np.abs(plain_losses - tuned_losses)),
     )
     from rankwise.adapters.extraction import RECORD, with_calibration
 
@@ -139,9 +145,31 @@ def calibrated(job: Job, base: str, tuned: str, data: str, *, samples: int) -> E
     return record
 
 
+def _inputs_of_tuned(
+    tuned: str, texts: Texts, *, device: str, progress: Progress | None
+) -> tuple[Measured, Array] | None:
+    """Return the moments of the tuned model's inputs, and its losses; None where it cannot be run.
+
+    The adapter is to stand in for the tuned model, so that its layers will see about the tuned model's inputs; those of
+    the base are further off, most of all where embeddings were tuned too.
+    """
+    from rankwise.tuning import moments
+    from rankwise.tuning.models import load_model
+
+    try:
+        model = load_model(tuned, device=device).model
+    except RankwiseError:  # weights without a config or a tokenizer: there is no model to run
+        return None
+    if int(model.get_input_embeddings().weight.shape[0]) <= texts.largest:  # its vocabulary was cut
+        return None
+    return moments.measure(model, texts, progress=progress), moments.losses_of(model, texts)
+
+
 def _root_mean_square(values: list[float]) -> float | None:
     return math.sqrt(statistics.fmean(v * v for v in values)) if values else None
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _mean(losses: Array) -> float | None:
+    """Return a mean that is a number, or None: of no token, or of a model that overflows."""
+    value = float(losses.mean()) if losses.size else math.nan
+    return value if math.isfinite(value) else None

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
-from rankwise.adapters.conversion_job import Job, Progress
+from rankwise.adapters.conversion_job import Job, Progress, open_adapter
 from rankwise.adapters.convert_options import checked_options
 from rankwise.adapters.kept_ranks import rank_choice
 from rankwise.adapters.staging import Staging
-from rankwise.checkpoints import Adapter, open_source
-from rankwise.errors import OutputError, RankwiseError, UsageError, WrongKindError
+from rankwise.errors import ClusterError, OutputError, RankwiseError, UsageError, without_secrets
 from rankwise.linalg import one_thread
 from rankwise.records import ConversionRecord
+from rankwise.spreading import spread
 
 Source = str | PathLike[str]
 
@@ -43,6 +43,7 @@ def convert(
     weight: float = 1.0,
     dtype: str | None = None,
     drop_others: bool = False,
+    cluster: str | None = None,
     force: bool = False,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -67,6 +68,8 @@ def convert(
         weight: of the first adapter in the sum.
         dtype: "float32", "bfloat16", "float16" or "float64" of the factors. None keeps each module's.
         drop_others: leave out what the target cannot hold (whole weights, embeddings) instead of refusing.
+        cluster: address of a Ray cluster: its workers read and convert the modules, the same as here. "local" starts
+            one on this machine. Every adapter must be readable under its name on every node.
         force: replace an adapter that is at `out`.
         command: argv to write into the record.
         progress: called before each module.
@@ -91,6 +94,7 @@ def convert(
         "weight": None if weight == 1.0 else weight,
         "dtype": dtype,
         "drop-others": drop_others,
+        "cluster": cluster,
         "force": force,
     }
     options = checked_options(
@@ -113,17 +117,18 @@ def convert(
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_thread())
         sources = [(adapter, weight), *add]
-        opened = [(stack.enter_context(_open(source)), factor) for source, factor in sources]
+        opened = [(stack.enter_context(open_adapter(source)), factor) for source, factor in sources]
         job = Job(opened, target, options)
+        workers = stack.enter_context(spread(cluster, "--cluster"))
         staging = stack.enter_context(
             Staging(target, job.identity([s for s, _ in sources]), force=force, folder=job.folder)
         )
         words = tuple(command) if command is not None else _call(adapter, out, add, named)
         try:
-            return job.run(staging, words, progress)
-        except OutputError as error:
+            return job.run(staging, words, progress, workers)
+        except (OutputError, ClusterError) as error:
             if any(staging.facts(joined.unit.name) is not None for joined in job.joined):
-                raise OutputError(
+                raise type(error)(
                     f"{error} What was done is kept in {staging.place}: the same command goes on from there."
                 ) from error
             staging.discard()
@@ -131,14 +136,6 @@ def convert(
         except RankwiseError:
             staging.discard()
             raise
-
-
-def _open(source: Source) -> Adapter:
-    opened = open_source(source, want="adapter")
-    if not isinstance(opened, Adapter):  # `want` refuses checkpoints: this is for the type checker
-        opened.close()
-        raise WrongKindError(f"{fspath(source)} is a full checkpoint; convert takes adapters")
-    return opened
 
 
 def _same_place(out: Path, sources: Iterable[Source]) -> bool:
@@ -166,4 +163,4 @@ def _call(
             words += [f"--{name}", str(value)]
     if add:
         words += ["--add", *(f"{fspath(source)}={weight!r}" for source, weight in add)]
-    return tuple(words)
+    return tuple(without_secrets(word) for word in words)

@@ -5,9 +5,10 @@ In: open adapters, OUT and checked options. Out: the files in their place, and t
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -23,15 +24,18 @@ from rankwise.adapters.formats import WRITERS, Entry, Result, Setup, Writer
 from rankwise.adapters.formats.names import dotted
 from rankwise.adapters.kept_ranks import known_ranks, rank_by_values
 from rankwise.adapters.merging import Joined, Weighted, join, read_joined
+from rankwise.adapters.parts import Array
 from rankwise.adapters.rewriting import Opened, rewrite, taken_apart
 from rankwise.adapters.staging import Staging
 from rankwise.adapters.stored_units import NUMPY, units_of
 from rankwise.adapters.telling import Told, notes_of
-from rankwise.checkpoints import Adapter
-from rankwise.errors import UsageError
+from rankwise.checkpoints import Adapter, open_source
+from rankwise.checkpoints.locate import everywhere, identity
+from rankwise.errors import UsageError, WrongKindError, without_secrets
 from rankwise.records import ConversionRecord, ConvertedModule, Skipped, now, version
 from rankwise.records.conversion import Addend
 from rankwise.runtimes import RUNTIMES, Runtime, padded_rank
+from rankwise.spreading import Work, Workers, told
 
 Source = str | PathLike[str]
 
@@ -43,6 +47,31 @@ RECORD: Final = "conversion.json"
 
 VLLM_MOST: Final = max(RUNTIMES["vllm"].accepts or (0,))
 """The largest rank that vLLM's cap may be set to."""
+
+
+Tensors = Mapping[str, Array]
+"""Name -> array, as they are written."""
+
+TOGETHER: Final = 8
+"""Modules that a worker is sent at a time: one takes some milliseconds, and so does sending it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What is decided for all units: unit -> rank, what is written where that is known, and path."""
+
+    ranks: dict[str, int]
+    written: dict[str, Written]
+    paths: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What a worker opens the same job from: sources with their weights, OUT, options."""
+
+    sources: tuple[tuple[str, float], ...]
+    out: Path
+    options: Options
 
 
 class Job:
@@ -106,7 +135,10 @@ class Job:
             "command": "convert",
             "options": repr(self.options),
             "plan": None if plan is None else plan.to_json(),
-            "sources": [[fspath(s), w.weight, _stat(s)] for s, w in zip(sources, self.sources, strict=True)],
+            "sources": [
+                [without_secrets(fspath(s)), w.weight, identity(fspath(s))]
+                for s, w in zip(sources, self.sources, strict=True)
+            ],
         }
 
     @property
@@ -117,15 +149,18 @@ class Job:
         own = self.joined[0].unit.first.rule
         return own if own in self.writer.rules else self.writer.rules[0]
 
-    def run(self, staging: Staging, command: tuple[str, ...], progress: Progress | None) -> ConversionRecord:
+    def run(
+        self, staging: Staging, command: tuple[str, ...], progress: Progress | None, workers: Workers
+    ) -> ConversionRecord:
         """Convert every module, then the rest, and put it in its place."""
         left_out = [skipped for cargo in self.cargo for skipped in cargo.left_out]
         ranks = dict(self.ranks.by_unit)
         together = self.writer.uniform or self.options.bake or self.options.runtime is not None
         if self.options.choice.by_spectrum and together:
-            ranks |= self._measured_ranks(progress)
+            ranks |= self._measured_ranks(progress, workers)
         paths = self.writer.paths(self.adapter, [j.unit for j in self.joined])
         self.way, decided = self._decide(ranks) if together else ("alone", {})
+        made = self._made(staging, workers, Decided(ranks, decided, paths))
         entries: list[Entry] = []
         modules: list[ConvertedModule] = []
         lost: list[float] = []
@@ -135,7 +170,8 @@ class Job:
                 progress(unit.name, done, len(self.joined))
             facts = staging.facts(unit.name)
             if facts is None:
-                facts = self._unit(staging, joined, paths[unit.name], ranks, decided)
+                facts, tensors = next(made)
+                staging.put(unit.name, tensors, facts)
             if facts["left_out"] is not None:
                 left_out.append(Skipped(module=unit.name, reason=facts["left_out"]))
                 lost.append(facts["lost"])
@@ -159,16 +195,25 @@ class Job:
             before = (source.rule, source.lora_alpha, source.r)
         return Need(rank, joined.scaling, before)
 
-    def _measured_ranks(self, progress: Progress | None) -> dict[str, int]:
+    def _measured_ranks(self, progress: Progress | None, workers: Workers) -> dict[str, int]:
         """Return the ranks that the spectra ask for, ahead of writing: all modules get the largest."""
-        found = {}
-        for done, joined in enumerate(self.joined):
-            if progress is not None:
-                progress(f"measuring {joined.unit.name}", done, len(self.joined))
-            found[joined.unit.name] = self._rank(joined, taken_apart(read_joined(joined)))
-        return found
+        work = Work(_rank_of, self, lambda: partial(_open_job, self._sent()), one_thread=True)
+        names = [joined.unit.name for joined in self.joined]
+        results = workers.flat_map(work, range(len(names)), name=names.__getitem__, together=TOGETHER)
+        ranks = told(results, [f"measuring {name}" for name in names], progress)
+        return dict(zip(names, ranks, strict=True))
 
-    def _rank(self, joined: Joined, opened: Opened) -> int:
+    def _made(self, staging: Staging, workers: Workers, decided: Decided) -> Iterator[tuple[dict[str, Any], Tensors]]:
+        """Yield what is noted and written of each unit that an earlier run has not left."""
+        work = Work(_unit_of, (self, decided), lambda: partial(_open_decided, self._sent(), decided), one_thread=True)
+        todo = [index for index, joined in enumerate(self.joined) if staging.facts(joined.unit.name) is None]
+        return workers.flat_map(work, todo, name=lambda index: self.joined[index].unit.name, together=TOGETHER)
+
+    def _sent(self) -> Sent:
+        return Sent(tuple((everywhere(w.adapter.source), w.weight) for w in self.sources), self.out, self.options)
+
+    def rank(self, joined: Joined, opened: Opened) -> int:
+        """Return the rank that the spectrum of a unit asks for."""
         ranks = [
             rank_by_values(self.options.choice, module, core.sigma)
             for module, core in zip(joined.unit.modules, opened.cores, strict=True)
@@ -203,22 +248,18 @@ class Job:
             return "kept", baking.kept(needs, self.rule)
         return baking.for_runtime(row, needs, rank, self.rule)
 
-    def _unit(
-        self, staging: Staging, joined: Joined, path: str, ranks: dict[str, int], decided: dict[str, Written]
-    ) -> dict[str, Any]:
-        """Convert one unit and keep it; return what was noted."""
-        unit = joined.unit
+    def unit(self, joined: Joined, known: Decided) -> tuple[dict[str, Any], Tensors]:
+        """Convert one unit; return what is noted and what is written."""
+        unit, ranks, decided = joined.unit, known.ranks, known.written
         pairs = read_joined(joined)
         lazy = self.options.choice.by_spectrum and unit.name not in decided and not decided
         opened = Opened(pairs, ())
         if lazy or ranks[unit.name] < joined.r:
             opened = taken_apart(pairs)
-        rank = self._rank(joined, opened) if lazy else ranks[unit.name]
+        rank = self.rank(joined, opened) if lazy else ranks[unit.name]
         self._refuse_change(joined, rank, decided.get(unit.name))
         if rank == 0:
-            noted = self._drop(joined, opened)
-            staging.put(unit.name, {}, noted)
-            return noted
+            return self._drop(joined, opened), {}
         need = self._needs(joined, rank)
         written = decided.get(unit.name) or self._alone(need)
         if self.form == "kohya":  # its alphas are float32
@@ -231,8 +272,7 @@ class Job:
             "written": {"r": written.r, "lora_alpha": written.lora_alpha, "scaling": written.scaling}
             | {"rule": written.rule},
         }
-        staging.put(unit.name, self.writer.tensors(unit, path, made, written), noted)
-        return noted
+        return noted, self.writer.tensors(unit, known.paths[unit.name], made, written)
 
     def _alone(self, need: Need) -> Written:
         if self.options.one_alpha:
@@ -320,8 +360,8 @@ class Job:
             command=command,
             device="cpu",
             seed=None,
-            source=self.adapter.source,
-            adapters=tuple(Addend(source=s.adapter.source, weight=s.weight) for s in self.sources),
+            source=without_secrets(self.adapter.source),
+            adapters=tuple(Addend(source=without_secrets(s.adapter.source), weight=s.weight) for s in self.sources),
             out=str(self.out),
             source_format=self.adapter.format,
             out_format=self.form,
@@ -336,17 +376,39 @@ class Job:
             carried=tuple(t.name for t in self.cargo[0].tensors),
             left_out=tuple(left_out),
             runtimes=tuple(runtimes),
-            notes=(*self.ranks.notes, *notes_of(told), *result.notes),
+            notes=tuple(without_secrets(note) for note in (*self.ranks.notes, *notes_of(told), *result.notes)),
         )
 
 
-def _stat(source: Source) -> list[list[Any]]:
-    """Return the names, sizes and dates of a source's files; nothing for what is not local."""
-    path = Path(source)
-    with contextlib.suppress(OSError):
-        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    return []
+def open_adapter(source: Source) -> Adapter:
+    """Open an adapter.
+
+    Raises:
+        WrongKindError: it is a full checkpoint.
+    """
+    opened = open_source(source, want="adapter")
+    if not isinstance(opened, Adapter):  # `want` refuses checkpoints: this is for the type checker
+        opened.close()
+        raise WrongKindError(f"{fspath(source)} is a full checkpoint; convert takes adapters")
+    return opened
+
+
+def _open_job(sent: Sent) -> Job:
+    return Job([(open_adapter(source), weight) for source, weight in sent.sources], sent.out, sent.options)
+
+
+def _open_decided(sent: Sent, decided: Decided) -> tuple[Job, Decided]:
+    return _open_job(sent), decided
+
+
+def _rank_of(job: Job, index: int) -> Iterator[int]:
+    joined = job.joined[index]
+    yield job.rank(joined, taken_apart(read_joined(joined)))
+
+
+def _unit_of(opened: tuple[Job, Decided], index: int) -> Iterator[tuple[dict[str, Any], Tensors]]:
+    job, decided = opened
+    yield job.unit(job.joined[index], decided)
 
 
 def _float32(module: str, alpha: float) -> float:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Final
@@ -23,12 +24,22 @@ from rankwise.adapters.staging import Staging, check_out
 from rankwise.adapters.units import DTYPE_NAMES, Made, Moments, Unit, Working
 from rankwise.checkpoints import open_source
 from rankwise.checkpoints.experts import wrapping_order
-from rankwise.checkpoints.locate import locate
+from rankwise.checkpoints.locate import everywhere, identity
 from rankwise.checkpoints.model import Adapter, Checkpoint
-from rankwise.deltas import Pair, Selection, align_names, module_of, modules_in, pair_checkpoints, selection
-from rankwise.errors import NothingToMeasureError, UsageError, WrongKindError
+from rankwise.deltas import (
+    Pair,
+    Selection,
+    align_names,
+    module_of,
+    modules_in,
+    pair_checkpoints,
+    pair_memory,
+    selection,
+)
+from rankwise.errors import NothingToMeasureError, OutputError, UsageError, WrongKindError, without_secrets
 from rankwise.linalg import checked_device, default_device
 from rankwise.records import Calibration, ExtractionRecord, PlanRecord, now, to_json, version
+from rankwise.spreading import Work, Workers, device_of_workers, spread
 
 Source = str | PathLike[str]
 Progress = Callable[[str, int, int], None]
@@ -62,6 +73,7 @@ def extract(
     calibration_samples: int | None = None,
     device: str | None = None,
     seed: int = 0,
+    cluster: str | None = None,
     force: bool = False,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -93,6 +105,8 @@ def extract(
         calibration_samples: number of texts to measure inputs on; None is 64.
         device: "cpu" or a torch device for the products; None means cuda where there is one.
         seed: of the randomised route.
+        cluster: address of a Ray cluster: its workers read the checkpoints and make the factors, the same as here.
+            "local" starts one on this machine. Both checkpoints must be readable under their names on every node.
         force: replace an adapter that is at `out`.
         command: argv to write into the record.
         progress: called before each module.
@@ -120,9 +134,16 @@ def extract(
         raise UsageError(f"--seed must be from 0 to {2**63 - 1}, got {seed}")
     if calibration is None and calibration_samples is not None:
         raise UsageError("--calibration-samples needs --calibration DATA: without it no inputs are measured")
+    if calibration is not None and cluster is not None:
+        raise UsageError(
+            "--calibration runs the base model on this machine and keeps what it measures here; leave out --cluster"
+        )
     wanted = selection(modules, skip)
     check_out(Path(out), force=force, folder=True)
-    chosen = default_device() if device is None else checked_device(device)
+    if device is None:
+        chosen = default_device()
+    else:
+        chosen = device_of_workers(device) if cluster is not None else checked_device(device)
     options: dict[str, Any] = {
         "rule": choice.rule,
         "lora_alpha": lora_alpha,
@@ -135,16 +156,29 @@ def extract(
         "device": chosen,
         "seed": seed,
     }
-    words = tuple(command) if command is not None else _call(base, tuned, out, choice, options)
+    words = tuple(command) if command is not None else _call(base, tuned, out, choice, {**options, "cluster": cluster})
     with contextlib.ExitStack() as stack:
         before, after = (stack.enter_context(_checkpoint(source)) for source in (base, tuned))
-        job = Job(before, after, Path(out), choice, options, wanted, force, words, progress)
+        job = Job(before, after, Path(out), choice, options, wanted, force, words, progress, cluster)
         if calibration is None:
             return job.run(None, None)
         samples = SAMPLES if calibration_samples is None else calibration_samples
         from rankwise.adapters.calibration import calibrated
 
         return calibrated(job, fspath(base), fspath(tuned), calibration, samples=samples)
+
+
+def _work_on(working: Working, unit: Unit) -> Iterator[tuple[Made, dict[str, Any]]]:
+    yield working.work(unit)
+
+
+def _open_working(base: str, tuned: str, wanted: Selection, choice: Choice, options: Mapping[str, Any]) -> Working:
+    checked_device(str(options["device"]))
+    return Working(_checkpoint(base), _checkpoint(tuned), wanted, choice, options, None)
+
+
+def _memory(unit: Unit) -> int:
+    return max(pair_memory(pair) for pair, _ in unit.members)
 
 
 def _checkpoint(source: Source) -> Checkpoint:
@@ -165,17 +199,7 @@ def _call(base: Source, tuned: Source, out: Source, choice: Choice, options: Map
             words.append(flag)
         elif value and not (name == "rule" and (choice.plan is not None or value == "lora")):
             words += [flag, str(value)]
-    return tuple(words)
-
-
-def _identity(source: str) -> list[Any]:
-    """Return what tells whether a source is the same as before: its files, their sizes and their dates or tags."""
-    place = locate(source)
-    names = place.store.names()
-    files = [place.file] if place.file is not None else [] if names is None else list(names)
-    kinds = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
-    read = [name for name in files if name is not None and name.endswith(kinds)]
-    return [place.store.where, [[name, place.store.size(name), place.store.stamp(name)] for name in read]]
+    return tuple(without_secrets(word) for word in words)
 
 
 class Job:
@@ -192,10 +216,12 @@ class Job:
         force: bool,
         command: tuple[str, ...],
         progress: Progress | None,
+        cluster: str | None = None,
     ) -> None:
         self.before, self.after, self.out = before, after, out
         self.choice, self.options, self.wanted = choice, options, wanted
-        self.force, self.command, self.progress = force, command, progress
+        self.force, self.command, self.progress, self.cluster = force, command, progress, cluster
+        self.base_name, self.tuned_name = (without_secrets(c.source) for c in (before, after))
 
     def elsewhere(self, out: Path) -> Job:
         """Return the same job for another place."""
@@ -208,9 +234,9 @@ class Job:
         planned = None if self.choice.plan is None else sorted((m.module, m.r, m.scaling) for m in self._planned())
         return {
             "rankwise": version(),
-            "base": _identity(self.before.source),
-            "tuned": _identity(self.after.source),
-            "names": [self.before.source, self.after.source],
+            "base": identity(self.before.source),
+            "tuned": identity(self.after.source),
+            "names": [self.base_name, self.tuned_name],
             "choice": [self.choice.kind, self.choice.wanted, planned],
             "options": dict(self.options),
             "calibration": None if calibration is None else dict(calibration),
@@ -236,24 +262,23 @@ class Job:
         units = self._units(pairing.pairs, spots, leftovers)
         self._check_plan(pairing.pairs)
         self._check_rule(units)
-        with Staging(self.out, self.description(calibration), force=self.force) as staging:
-            try:
-                made = self._work(units, staging, moments)
-            except UsageError:  # the same job would fail again: its parts are of no use
-                staging.discard()
-                raise
+        with contextlib.ExitStack() as stack:
+            workers = stack.enter_context(spread(self.cluster, "--cluster"))
+            staging = stack.enter_context(Staging(self.out, self.description(calibration), force=self.force))
+            stack.enter_context(self._cut_short(units, staging))
+            made = self._work(units, staging, moments, workers)
             if not any(m.placed for m in made):
-                rest = leftovers.take([], None)
+                rest = leftovers.take([], None, workers)
                 staging.discard()
                 raise NothingToMeasureError(self._nothing(made, rest))
             placed = [p for m in made for p in m.placed]
-            rest = leftovers.take(placed, staging if self.options["save_whole"] else None)
+            rest = leftovers.take(placed, staging if self.options["save_whole"] else None, workers)
             alone = set(self.before.names()) - set(aligned.values())
             paths = {module_of(name) for name in held | alone} | {s.tied for s in spots.values() if s.tied}
             settings = peft_config(
                 placed,
                 self.choice.rule,
-                base=self.before.source,
+                base=self.base_name,
                 task_type=task_type(config),
                 modules_to_save=[w.module for w in rest.whole],
                 targets=shortest_targets(placed, paths),
@@ -264,6 +289,22 @@ class Job:
             staging.write(RECORD, to_json(record))
             staging.finish()
         return record
+
+    @contextlib.contextmanager
+    def _cut_short(self, units: Sequence[Unit], staging: Staging) -> Iterator[None]:
+        """Say what became of the parts where the place cannot be written to; leave none that are of no use."""
+        try:
+            yield
+        except UsageError:  # the same job would fail again
+            staging.discard()
+            raise
+        except OutputError as error:
+            if any(staging.facts(unit.key) is not None for unit in units):
+                raise OutputError(
+                    f"{error} What was done is kept in {staging.place}: the same command goes on from there."
+                ) from error
+            staging.discard()
+            raise OutputError(f"{self.out} cannot be written: {error} Nothing was written.") from error
 
     def _units(self, pairs: Sequence[Pair], spots: Mapping[str, Spot], leftovers: Leftovers) -> list[Unit]:
         """Group the pairs: each by itself, the parameters of one module of experts together."""
@@ -294,9 +335,12 @@ class Job:
             units.append(Unit(key, tuple((p, spots[p.tuned_name]) for p in members)))
         return units
 
-    def _work(self, units: Sequence[Unit], staging: Staging, moments: Moments | None) -> list[Made]:
+    def _work(self, units: Sequence[Unit], staging: Staging, moments: Moments | None, workers: Workers) -> list[Made]:
         """Go through the units; what an earlier run of the same job has left is taken as it is."""
         working = Working(self.before, self.after, self.wanted, self.choice, self.options, moments)
+        work = Work(_work_on, working, self._elsewhere, gpu=self.options["device"] != "cpu")
+        todo = [unit for unit in units if staging.facts(unit.key) is None]
+        results = workers.flat_map(work, todo, name=lambda unit: unit.key, memory=_memory)
         total = sum(len(modules_in(pair, self.wanted)) for unit in units for pair, _ in unit.members)
         done = 0
         made = []
@@ -307,12 +351,16 @@ class Job:
             else:
                 if self.progress is not None:
                     self.progress(unit.key, done, total)
-                result, tensors = working.work(unit)
+                result, tensors = next(results)
                 if result.placed:
                     staging.put(unit.key, tensors, result.facts())
                 made.append(result)
             done += sum(len(modules_in(pair, self.wanted)) for pair, _ in unit.members)
         return made
+
+    def _elsewhere(self) -> Callable[[], Working]:
+        sources = everywhere(self.before.source), everywhere(self.after.source)
+        return partial(_open_working, *sources, self.wanted, self.choice, dict(self.options))
 
     def _check_plan(self, pairs: Sequence[Pair]) -> None:
         """Every module of a plan must be there: a plan of another model would else extract nothing, in silence."""
@@ -367,8 +415,8 @@ class Job:
             command=self.command,
             device=str(self.options["device"]),
             seed=int(self.options["seed"]),
-            base=self.before.source,
-            tuned=self.after.source,
+            base=self.base_name,
+            tuned=self.tuned_name,
             out=str(self.out),
             choice=self.choice.kind,
             wanted=self.choice.wanted,

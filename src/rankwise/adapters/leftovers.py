@@ -7,8 +7,9 @@ are left out, each with its reason and its size. What is equal bit by bit is onl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -17,11 +18,15 @@ from numpy.typing import NDArray
 from rankwise.adapters.layout import selects_only
 from rankwise.adapters.peft_folder import PREFIX, Placed
 from rankwise.adapters.staging import Staging
+from rankwise.checkpoints import open_source
+from rankwise.checkpoints.locate import everywhere
 from rankwise.checkpoints.model import Checkpoint
-from rankwise.deltas import FLOATS, Selection, module_of
+from rankwise.deltas import FLOATS, PEAK_REST, Selection, module_of
+from rankwise.errors import WrongKindError
 from rankwise.grids import row_blocks
 from rankwise.linalg import energy_of
 from rankwise.records import NotExtracted, Skipped, WholeModule
+from rankwise.spreading import Work, Workers
 
 Array = NDArray[Any]
 
@@ -30,6 +35,9 @@ OF_ADAPTED: Final = "a bias of an adapted layer: no factor holds it, and `module
 RESIZED: Final = "resized"
 ADDED: Final = "in the tuned checkpoint alone: the base has nothing that it could be added to"
 NOT_FINITE: Final = "infinity or NaN in one of the checkpoints"
+
+TOGETHER: Final = 8
+"""Tensors that a worker is sent at a time: most of them are norms and biases."""
 
 _NOT_COMPARED: Final = ("lm_head", "embed_out", ".masked_bias", ".attn.bias", ".inv_freq", ".position_ids")
 """Ends of what one side may store and the other not, without a difference: tied heads and buffers."""
@@ -44,6 +52,16 @@ class Rest:
     keys: list[str] = field(default_factory=list)
     left_out: list[NotExtracted] = field(default_factory=list)
     unchanged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor that no unit handles: its names in the tuned checkpoint, the base and the adapter, and why."""
+
+    tuned: str
+    base: str
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +104,23 @@ class Leftovers:
         self.reasons: dict[str, str] = {}
         self.handled: set[str] = set()
 
-    def take(self, placed: Sequence[Placed], staging: Staging | None) -> Rest:
+    def take(self, placed: Sequence[Placed], staging: Staging | None, workers: Workers) -> Rest:
         """Compare what is left, and store whole modules where asked.
 
         Args:
             placed: what the adapter holds as factors.
             staging: where whole modules are put; None stores none.
+            workers: where tensors are compared: tables that no unit handles are the largest of all.
         """
         rest = Rest()
-        changes = [c for tuned, base in self._aligned.items() if (c := self._change(tuned, base, rest)) is not None]
+        sources = self._before.source, self._after.source
+        work = Work(_compare, (self._before, self._after), lambda: partial(_open, *map(everywhere, sources)))
+        tensors = self._tensors()
+        found = workers.flat_map(
+            work, tensors, name=lambda one: module_of(one.tuned), memory=self._memory, together=TOGETHER
+        )
+        changes = [change for change in found if change is not None]
+        rest.unchanged += len(tensors) - len(changes)
         adapted = {p.module.removesuffix(".weight") for p in placed}
         paths = {module_of(name) if name.endswith(".weight") else name.rpartition(".")[0] for name in self._names()}
         groups: dict[str, list[_Change]] = {}
@@ -125,29 +151,18 @@ class Leftovers:
     def _names(self) -> Sequence[str]:
         return list(self._on_base.values())
 
-    def _change(self, tuned: str, base: str, rest: Rest) -> _Change | None:
-        """Compare one tensor; None where it is handled, not wanted, or equal."""
-        if tuned in self.handled or not self._wanted.wants(module_of(tuned)):
-            return None
-        after, before = self._after.info(tuned), self._before.info(base)
-        name = self._on_base[tuned]
-        reason = self.reasons.get(tuned) or self._reason(tuned)
-        if after.shape != before.shape:
-            sound = after.dtype not in FLOATS or math.isfinite(energy_of(self._after.read(tuned)))
-            return _Change(tuned, name, RESIZED if sound else NOT_FINITE, None, None)
-        one, two = self._before.read(base), self._after.read(tuned)
-        if one.dtype == two.dtype and np.array_equal(_bits(one), _bits(two)):
-            rest.unchanged += 1
-            return None
-        if after.dtype not in FLOATS or before.dtype not in FLOATS or "quantised" in reason or "scale" in reason:
-            return _Change(tuned, name, reason, None, None)
-        energy, base_energy = _energies(one, two)
-        if energy == 0.0:  # another dtype, the same numbers
-            rest.unchanged += 1
-            return None
-        if not (math.isfinite(energy) and math.isfinite(base_energy)):
-            return _Change(tuned, name, NOT_FINITE, None, None)
-        return _Change(tuned, name, reason, energy, base_energy)
+    def _tensors(self) -> list[_Tensor]:
+        """Return the tensors that are wanted, and that no unit handles."""
+        return [
+            _Tensor(tuned, base, self._on_base[tuned], self.reasons.get(tuned) or self._reason(tuned))
+            for tuned, base in self._aligned.items()
+            if tuned not in self.handled and self._wanted.wants(module_of(tuned))
+        ]
+
+    def _memory(self, one: _Tensor) -> int:
+        """Return about how many bytes it takes to compare one tensor: both as stored, and blocks of them."""
+        info = self._after.info(one.tuned)
+        return 2 * math.prod(info.shape) * (8 if "64" in info.dtype else 4 if "32" in info.dtype else 2) + PEAK_REST
 
     def _reason(self, tuned: str) -> str:
         if len(self._after.info(tuned).shape) < 2 and self._after.info(tuned).dtype in FLOATS:
@@ -176,6 +191,37 @@ class Leftovers:
                 relative_norm=relative,
             )
         )
+
+
+def _compare(opened: tuple[Checkpoint, Checkpoint], one: _Tensor) -> Iterator[_Change | None]:
+    """Compare one tensor; None where it is equal."""
+    yield _change(*opened, one)
+
+
+def _change(before: Checkpoint, after: Checkpoint, one: _Tensor) -> _Change | None:
+    here, there = after.info(one.tuned), before.info(one.base)
+    if here.shape != there.shape:
+        sound = here.dtype not in FLOATS or math.isfinite(energy_of(after.read(one.tuned)))
+        return _Change(one.tuned, one.name, RESIZED if sound else NOT_FINITE, None, None)
+    first, second = before.read(one.base), after.read(one.tuned)
+    if first.dtype == second.dtype and np.array_equal(_bits(first), _bits(second)):
+        return None
+    no_numbers = here.dtype not in FLOATS or there.dtype not in FLOATS
+    if no_numbers or "quantised" in one.reason or "scale" in one.reason:
+        return _Change(one.tuned, one.name, one.reason, None, None)
+    energy, base_energy = _energies(first, second)
+    if energy == 0.0:  # another dtype, the same numbers
+        return None
+    if not (math.isfinite(energy) and math.isfinite(base_energy)):
+        return _Change(one.tuned, one.name, NOT_FINITE, None, None)
+    return _Change(one.tuned, one.name, one.reason, energy, base_energy)
+
+
+def _open(base: str, tuned: str) -> tuple[Checkpoint, Checkpoint]:
+    before, after = (open_source(source, want="checkpoint") for source in (base, tuned))
+    if not (isinstance(before, Checkpoint) and isinstance(after, Checkpoint)):  # `want` sees to it
+        raise WrongKindError(f"{base} and {tuned} are not both full checkpoints")
+    return before, after
 
 
 def _left(change: _Change, reason: str) -> NotExtracted:

@@ -114,8 +114,7 @@ class Staging:
             wanted = json.dumps(job, sort_keys=True)
             if _text(self.place / JOB) != wanted:
                 self._clear()
-                (self.place / PARTS).mkdir()
-                _write(self.place / JOB, wanted)
+                self._begin(wanted)
             self._find()
             shutil.rmtree(self.place / WHOLE, ignore_errors=True)
             (self.place / WHOLE).mkdir()
@@ -218,6 +217,14 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _begin(self, job: str) -> None:
+        try:
+            (self.place / PARTS).mkdir()
+            _write(self.place / JOB, job)
+        except OSError:
+            self._take_away()  # there is nothing in it to go on with
+            raise
 
     def _clear(self) -> None:
         for path in self.place.iterdir():

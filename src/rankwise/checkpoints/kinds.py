@@ -32,6 +32,9 @@ CHECKPOINTS: Final = (
 )
 """Names that checkpoints are saved under, in the order in which transformers looks for them."""
 
+CONFIGS: Final = ("adapter_config.json", "config.json")
+"""Names of what says how the weights are meant."""
+
 
 class _AmbiguousError(UnknownFormatError):
     """A folder holds several weight files: all that it needs is there, and the user has to choose."""
@@ -56,11 +59,12 @@ def choose(store: Store, want: Want) -> str:
     chosen = adapter if checkpoint is None or (want == "adapter" and adapter is not None) else checkpoint
     if chosen is not None:
         return chosen
-    return _loose(store, listed or ())
+    return _loose(store, listed)
 
 
-def _loose(store: Store, listed: Sequence[str]) -> str:
+def _loose(store: Store, known: Sequence[str] | None) -> str:
     """Return the only index or .safetensors file of any other name."""
+    listed = known or ()
     indexes = [n for n in listed if n.endswith(f".safetensors{INDEX}")]
     files = [n for n in listed if n.endswith(".safetensors")]
     found = indexes or files
@@ -77,6 +81,9 @@ def _loose(store: Store, listed: Sequence[str]) -> str:
             )
         )
     what = f"it holds {_some(listed)}" if listed else "it holds no files"
+    if known is None:
+        what = "its server lists no files, and gives none of the usual names there"
+        what += f" (it answers {store.refused})" if store.refused else ""
     hint = ""
     if "adapter_config.json" in listed:
         hint = " The adapter_config.json is there, but its weights (adapter_model.safetensors) are not."

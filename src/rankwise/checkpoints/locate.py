@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
-from rankwise.checkpoints.kinds import complete
-from rankwise.checkpoints.sharded import INDEX, TORCH
+from rankwise.checkpoints.kinds import ADAPTERS, CHECKPOINTS, CONFIGS, complete
+from rankwise.checkpoints.sharded import INDEX, TORCH, WeightSet
 from rankwise.checkpoints.stores import LocalStore, RemoteStore, Store, os_error, printable, remote_error
-from rankwise.errors import AccessError, SourceNotFoundError
+from rankwise.errors import AccessError, SourceNotFoundError, foreign, showable, without_secrets
 
 _REPO: Final = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>refs/(?:pr|convert)/[^/@\s]+|[^/@\s]+))?(?:/(?P<inside>.+))?",
     re.ASCII,
 )
 _WEIGHTS: Final = (".safetensors", *TORCH, INDEX)
+_BUCKETS: Final = ("s3", "s3a", "gs", "gcs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,61 @@ def locate(source: str) -> Place:
     )
 
 
+def everywhere(source: str) -> str:
+    """Return the spelling of a source that means the same in another folder and on another machine.
+
+    A local path becomes absolute. A hub id gets the commit that its revision stands for now: caches of two machines may
+    hold two states of a branch.
+
+    Raises:
+        AccessError: the hub cannot be asked for the commit.
+    """
+    if "://" in source and not source.startswith("hf://"):
+        return source
+    if not source.startswith("hf://"):
+        path = Path(source).expanduser() if source.startswith("~") else Path(source)
+        if os.path.lexists(path):
+            return str(path.absolute())
+    match = _REPO.fullmatch(source.removeprefix("hf://").strip("/"))
+    if match is None:
+        return source
+    repo, revision, inside = match["repo"], match["revision"] or "main", match["inside"]
+    place = locate(source)
+    if isinstance(place.store, LocalStore):
+        cached = _cached_snapshot(repo, revision)
+        commit = revision if cached is None else cached.name
+    else:
+        commit = _guarded(lambda: _commit_on_hub(repo, revision), source)
+    return f"hf://{repo}@{commit}" + (f"/{inside}" if inside else "")
+
+
+def _commit_on_hub(repo: str, revision: str) -> str:
+    from huggingface_hub import HfApi
+
+    return str(HfApi().model_info(repo, revision=revision).sha)
+
+
+def identity(source: str) -> list[Any]:
+    """Return what tells whether a source is the same as before, as JSON: its files with their sizes, dates or tags.
+
+    A web server that gives no entity tag leaves the sizes alone.
+
+    Raises:
+        RankwiseError: it cannot be looked at.
+    """
+    place = locate(source)
+    store, listed = place.store, place.store.names()
+    if place.file is None and listed is not None:
+        files = [name for name in listed if name.endswith((*_WEIGHTS, ".json"))]
+    else:
+        known = CONFIGS if place.file is not None else (*ADAPTERS, *CHECKPOINTS, *CONFIGS)
+        files = [name for name in known if store.has(name)]
+        files += [] if place.file is None else [place.file]
+        shards = (shard for name in files if name.endswith(INDEX) for shard in WeightSet(store, name).files())
+        files = list(dict.fromkeys([*files, *shards]))
+    return [without_secrets(store.where), [[without_secrets(n), store.size(n), store.stamp(n)] for n in files]]
+
+
 def _local(path: Path, source: str) -> Place:
     try:
         folder = path.is_dir()
@@ -83,6 +139,12 @@ def _local(path: Path, source: str) -> Place:
 
 def _url(source: str, scheme: str) -> Place:
     """Return a place of any fsspec filesystem. Web servers have no listing, so their folders are probed."""
+    bucket = source.partition("://")[2].partition("/")[0]
+    if scheme in _BUCKETS and ":" in bucket and not bucket.startswith("arn:"):
+        raise SourceNotFoundError(
+            f"a {scheme}:// address has no ':' in its bucket's name, and no login: keys are found where the client of "
+            "the store looks for them (environment, profile, role). The address is not repeated here: it may hold one."
+        )
 
     def open_url() -> tuple[Any, str]:
         import fsspec
@@ -110,9 +172,10 @@ def _guarded(call: Callable[[], Any], source: str) -> Any:
     try:
         return call()
     except ValueError as error:  # fsspec: "Protocol not known: ..."
-        raise SourceNotFoundError(f"{printable(source)!r} cannot be opened: {printable(str(error))[:300]}") from error
+        words = printable(foreign(str(error)))[:300]
+        raise SourceNotFoundError(f"{printable(source)!r} cannot be opened: {words}") from showable(error)
     except Exception as error:
-        raise remote_error(error, source) from error
+        raise remote_error(error, source) from showable(error)
 
 
 def _hub(source: str, spelled: str) -> Place:

@@ -18,7 +18,7 @@ import numpy as np
 from rankwise.checkpoints.model import Array, TensorInfo
 from rankwise.checkpoints.stores import Store
 from rankwise.checkpoints.strict_json import parse_strict
-from rankwise.errors import MalformedFileError, TensorError
+from rankwise.errors import AccessError, MalformedFileError, SourceNotFoundError, TensorError, without_secrets
 
 HEADER_LIMIT: Final = 100_000_000
 """Largest header in bytes, as in the safetensors library."""
@@ -84,7 +84,8 @@ class SafetensorsFile:
     def infos(self) -> Mapping[str, TensorInfo]:
         """Name -> facts, in the order of the data."""
         entries = self._parsed[2]
-        return {n: TensorInfo(n, e.shape, e.dtype, self.name) for n, e in entries.items()}
+        shown = without_secrets(self.name)  # a signed link ends in a query
+        return {n: TensorInfo(n, e.shape, e.dtype, shown) for n, e in entries.items()}
 
     def read(self, name: str) -> Array:
         """Read the bytes of one tensor, and no others."""
@@ -100,7 +101,11 @@ class SafetensorsFile:
                     "byte an entry, which rankwise does not read; give the checkpoint before quantisation."
                 )
         ranges = [(data_start + entries[n].start, entries[n].end - entries[n].start) for n in names]
-        raw = self._store.read_many(self.name, ranges)
+        try:
+            raw = self._store.read_many(self.name, ranges)
+        except (AccessError, MalformedFileError, SourceNotFoundError) as error:  # they name the file
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise type(error)(f"{names[0]}{more}: {error}") from error
         return [self._shaped(n, entries[n], data) for n, data in zip(names, raw, strict=True)]
 
     def _shaped(self, name: str, entry: _Entry, raw: Array) -> Array:

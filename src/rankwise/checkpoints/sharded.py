@@ -58,6 +58,10 @@ class WeightSet:
         """Return all names, from the index or the one header."""
         return tuple(self._shard_of if self._shard_of is not None else self._file(self.file).infos)
 
+    def files(self) -> Sequence[str]:
+        """Return the files that hold tensors."""
+        return tuple(dict.fromkeys([self.file] if self._shard_of is None else self._shard_of.values()))
+
     def info(self, name: str) -> TensorInfo:
         """Return what the header says of one tensor."""
         return self._holder(name).infos[name]

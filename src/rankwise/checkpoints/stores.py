@@ -7,23 +7,29 @@ two reads, and every failure leaves as an error of `rankwise.errors`.
 from __future__ import annotations
 
 import abc
+import contextlib
 import errno
+import http
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rankwise.checkpoints.model import Array
+from rankwise.checkpoints.patience import TRIES, passing, patiently
 from rankwise.errors import (
     AccessError,
     MalformedFileError,
     MissingDependencyError,
     RankwiseError,
     SourceNotFoundError,
+    foreign,
+    showable,
+    without_secrets,
 )
 
 log = logging.getLogger(__name__)
@@ -37,9 +43,11 @@ class Store(abc.ABC):
 
     Attributes:
         where: the folder, as messages name it.
+        refused: how the server refused a file that was looked for; a wrong login looks like a file that is not there.
     """
 
     where: str
+    refused: str | None = None
 
     @abc.abstractmethod
     def names(self) -> Sequence[str] | None:
@@ -95,8 +103,8 @@ class Store(abc.ABC):
         return self.read(name, 0, size).tobytes()
 
     def label(self, name: str) -> str:
-        """Return how messages name a file."""
-        return printable(f"{self.where.rstrip('/')}/{name}" if self.where else name)
+        """Return how messages name a file: of a URL without its secrets."""
+        return printable(without_secrets(f"{self.where.rstrip('/')}/{name}" if self.where else name))
 
     def cut_short(self, name: str, start: int, wanted: int, got: int) -> MalformedFileError:
         """Return the error for a file that ends too early."""
@@ -200,10 +208,20 @@ class RemoteStore(Store):
     def __init__(self, filesystem: Any, folder: str, where: str, *, can_list: bool = True) -> None:
         self._fs = filesystem
         self._folder = folder.rstrip("/")
-        self.where = where
+        self.where = without_secrets(where)
         self._can_list = can_list
         self._sizes: dict[str, int | None] | None = None
         self._asked: dict[str, int] = {}
+        self._answered = False
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        """Make a request, again where that may help. A server that never answered is not waited for."""
+        found = patiently(call, known=self._answered)
+        self._answered = True
+        return found
+
+    def _failed(self, error: Exception, label: str) -> RankwiseError:
+        return remote_error(error, label, tries=TRIES if passing(error, known=self._answered) else 1)
 
     def names(self) -> Sequence[str] | None:
         """Return the names of all files, or None for servers that have no listing (http)."""
@@ -211,12 +229,12 @@ class RemoteStore(Store):
             return None
         if self._sizes is None:
             try:
-                entries = self._fs.ls(self._folder, detail=True)
+                entries = self._ask(lambda: self._fs.ls(self._folder, detail=True))
             except PermissionError:  # stores may allow reading without listing
                 self._can_list = False
                 return None
             except Exception as error:
-                raise remote_error(error, self.where) from error
+                raise self._failed(error, self.where) from showable(error)
             files = [e for e in entries if e.get("type") != "directory"]
             self._sizes = {str(e["name"]).rstrip("/").rsplit("/", 1)[-1]: e.get("size") for e in files}
         return sorted(self._sizes)
@@ -227,9 +245,10 @@ class RemoteStore(Store):
         if known is not None:
             return known
         try:
-            size = self._fs.info(self._path(name)).get("size")
+            size = self._ask(lambda: self._fs.info(self._path(name))).get("size")
         except Exception as error:
-            raise remote_error(error, self.label(name)) from error
+            self.refused = refusal(error) or self.refused
+            raise self._failed(error, self.label(name)) from showable(error)
         if not isinstance(size, int):
             raise AccessError(
                 f"{self.label(name)} cannot be read in parts: the server does not tell its size. "
@@ -241,9 +260,9 @@ class RemoteStore(Store):
     def stamp(self, name: str) -> str:
         """Return the entity tag, the hash or the date that the filesystem gives."""
         try:
-            facts = self._fs.info(self._path(name))
+            facts = self._ask(lambda: self._fs.info(self._path(name)))
         except Exception as error:
-            raise remote_error(error, self.label(name)) from error
+            raise self._failed(error, self.label(name)) from showable(error)
         known = (facts.get(key) for key in ("ETag", "etag", "lfs", "blob_id", "LastModified", "mtime", "created"))
         return next((str(value) for value in known if value), "")
 
@@ -252,11 +271,12 @@ class RemoteStore(Store):
         if length == 0:
             return np.empty(0, dtype=np.uint8)
         log.debug("fetching %d bytes from %d of %s", length, start, self.label(name))
+        path = self._path(name)
         try:
-            data = self._fetch(self._path(name), start, start + length)
+            found: Array = self._ask(lambda: self._exact(name, self._fetch(path, start, start + length), start, length))
         except Exception as error:
-            raise remote_error(error, self.label(name)) from error
-        return self._exact(name, data, start, length)
+            raise self._failed(error, self.label(name)) from showable(error)
+        return found
 
     def read_many(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Array]:
         """Fetch several ranges at once where the filesystem can: a kohya file has hundreds of alphas."""
@@ -264,17 +284,22 @@ class RemoteStore(Store):
             return super().read_many(name, ranges)
         path = self._path(name)
         starts, ends = [s for s, _ in ranges], [s + n for s, n in ranges]
-        try:
+
+        def fetch() -> list[Array]:
             parts = self._fs.cat_ranges([path] * len(ranges), starts, ends, on_error="raise")
+            return [self._exact(name, data, s, n) for data, (s, n) in zip(parts, ranges, strict=True)]
+
+        try:
+            found: list[Array] = self._ask(fetch)
         except Exception as error:
-            raise remote_error(error, self.label(name)) from error
-        return [self._exact(name, data, s, n) for data, (s, n) in zip(parts, ranges, strict=True)]
+            raise self._failed(error, self.label(name)) from showable(error)
+        return found
 
     def _exact(self, name: str, data: bytes, start: int, length: int) -> Array:
         if len(data) > length and len(data) == self.size(name):  # a web server that ignores Range headers
             data = data[start : start + length]
         if len(data) != length:
-            raise self.cut_short(name, start, length, len(data))
+            raise self.cut_short(name, start, length, len(data))  # or the connection was: `patiently` asks again
         return np.frombuffer(data, dtype=np.uint8)
 
     def _fetch(self, path: str, start: int, end: int) -> bytes:
@@ -294,11 +319,30 @@ class RemoteStore(Store):
         return f"{self._folder}/{name}" if self._folder else name
 
 
-def remote_error(error: Exception, label: str) -> RankwiseError:
-    """Return the error of ours for whatever a filesystem library raised."""
+def refusal(error: BaseException) -> str | None:
+    """Return a web server's answer that is no "not found", but may mean it: who may not look is not told what is there.
+
+    None where it is "not found", or where a second try may help.
+    """
+    status = getattr(error.__cause__, "status", None)
+    if not isinstance(status, int) or not 400 <= status < 500 or status in (404, 410) or passing(error, known=True):
+        return None
+    with contextlib.suppress(ValueError):
+        return f"{status} ({http.HTTPStatus(status).phrase})"
+    return str(status)
+
+
+def remote_error(error: Exception, label: str, *, tries: int = 1) -> RankwiseError:
+    """Return the error of ours for whatever a filesystem library raised, at the last of so many tries."""
     if isinstance(error, RankwiseError):
         return error
     label = printable(label)
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        # fsspec's http says "not found" whatever went wrong when it asks for a size
+        status = refusal(error)
+        if status is not None:
+            return SourceNotFoundError(f"{label} is not there, or may not be read: the server answers {status}.")
+        error = error.__cause__ if passing(error.__cause__, known=True) else error
     if isinstance(error, FileNotFoundError):
         return SourceNotFoundError(
             f"{label} is not there, or its server cannot be reached. Check the spelling, the network and, on the hub, "
@@ -310,9 +354,10 @@ def remote_error(error: Exception, label: str) -> RankwiseError:
             return MissingDependencyError(package, "s3", f"reading {label}")
         return AccessError(f"reading {label} needs {package}, which is not installed; run: pip install {package}")
     if isinstance(error, PermissionError):
-        return AccessError(f"{label} may not be read: {printable(str(error)) or 'permission denied'}.")
-    words = printable(" ".join(str(error).split()))[:500] or "no reason given"
-    return AccessError(f"{label} cannot be read ({type(error).__name__}): {words}")
+        return AccessError(f"{label} may not be read: {printable(foreign(str(error))) or 'permission denied'}.")
+    words = printable(foreign(" ".join(str(error).split())))[:500] or "no reason given"
+    tried = f"; tried {tries} times" if tries > 1 else ""
+    return AccessError(f"{label} cannot be read ({type(error).__name__}{tried}): {words}")
 
 
 def _package_of(message: str) -> str:

@@ -21,7 +21,14 @@ import numpy as np
 
 from rankwise.checkpoints.model import Array, TensorInfo
 from rankwise.checkpoints.stores import Store, printable
-from rankwise.errors import MalformedFileError, MissingDependencyError, RankwiseError, TensorError, UnsafeFileError
+from rankwise.errors import (
+    MalformedFileError,
+    MissingDependencyError,
+    RankwiseError,
+    TensorError,
+    UnsafeFileError,
+    without_secrets,
+)
 
 # torch's spelling -> safetensors'
 _NAMES: Final[dict[str, str]] = {
@@ -58,7 +65,8 @@ class TorchFile:
     @cached_property
     def infos(self) -> Mapping[str, TensorInfo]:
         """Name -> facts, in the order of the file."""
-        return {n: TensorInfo(n, tuple(t.shape), _dtype(t), self.name) for n, t in self._tensors().items()}
+        shown = without_secrets(self.name)  # a signed link ends in a query
+        return {n: TensorInfo(n, tuple(t.shape), _dtype(t), shown) for n, t in self._tensors().items()}
 
     def read(self, name: str) -> Array:
         """Copy one tensor out of the file."""

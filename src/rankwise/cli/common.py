@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Group, Parameter
 from rich.console import Console
 
-from rankwise.errors import UsageError
+from rankwise.errors import UsageError, without_secrets
 
 if TYPE_CHECKING:
     from rankwise.records import (
@@ -113,8 +113,8 @@ def printable(text: str) -> str:
 
 
 def argv() -> tuple[str, ...]:
-    """Return the command as it was typed, with the program's plain name."""
-    return ("rankwise", *sys.argv[1:])
+    """Return the command as it was typed, with the program's plain name and without the secrets of URLs."""
+    return ("rankwise", *(without_secrets(word) for word in sys.argv[1:]))
 
 
 def check_outputs(output: Output) -> None:

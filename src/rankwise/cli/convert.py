@@ -44,6 +44,7 @@ def convert(
     all_rows: Annotated[bool, Parameter(name="--all", negative="")] = False,
     device: str = "cpu",
     seed: int | None = None,  # noqa: ARG001 - every command takes it
+    cluster: str | None = None,
     output: Output = Output(),  # noqa: B008 - frozen
 ) -> int:
     """Write an adapter in another rank, scaling rule, layout or file format: the same function, or its error stated.
@@ -72,6 +73,8 @@ def convert(
         all_rows: Print every module, however many there are.
         device: Always cpu, as factors are small.
         seed: Taken as every command takes it; nothing here is random.
+        cluster: Address of a Ray cluster whose workers read and do the modules; the result is the same. local: start
+            Ray on this machine.
         output: Where the record and the page go.
     """
     from rankwise.adapters.conversion import convert as run
@@ -104,6 +107,7 @@ def convert(
             weight=weight,
             dtype=dtype,
             drop_others=drop_others,
+            cluster=cluster,
             force=output.force,
             command=argv(),
             progress=bar,

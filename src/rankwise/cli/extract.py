@@ -77,6 +77,7 @@ def extract(
     all_rows: Annotated[bool, Parameter(name="--all", negative="")] = False,
     device: str | None = None,
     seed: int = 0,
+    cluster: str | None = None,
     output: Output = Output(),  # noqa: B008 - frozen
 ) -> int:
     """Make a LoRA adapter out of a full fine-tune.
@@ -95,6 +96,8 @@ def extract(
         all_rows: Print every module, however many there are.
         device: cpu, cuda or cuda:N, for the products. Default: cuda when there is one.
         seed: Seed of the randomised route and of the noise estimate.
+        cluster: Address of a Ray cluster whose workers read and do the modules; the result is the same. local: start
+            Ray on this machine.
         output: Where the results go.
     """
     from dataclasses import asdict
@@ -120,6 +123,7 @@ def extract(
             **asdict(what),
             device=device,
             seed=seed,
+            cluster=cluster,
             force=output.force,
             command=argv(),
             progress=bar,

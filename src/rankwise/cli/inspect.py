@@ -20,6 +20,7 @@ def inspect(
     all_rows: Annotated[bool, Parameter(name="--all", negative="")] = False,
     device: str | None = None,
     seed: int = 0,
+    cluster: str | None = None,
     output: Output = Output(),  # noqa: B008 - frozen
 ) -> int:
     """Show what an update is made of: the spectrum of every module of an adapter or of tuned - base.
@@ -37,6 +38,8 @@ def inspect(
         all_rows: Print every module, however many there are.
         device: cpu, cuda or cuda:N, for deltas. Default: cuda when there is one.
         seed: Seed of the randomised route and of the noise estimate.
+        cluster: Address of a Ray cluster whose workers read and do the modules; the result is the same. local: start
+            Ray on this machine.
         output: Where the results go.
     """
     from rankwise.cli.show import Bar, show_spectra
@@ -55,6 +58,7 @@ def inspect(
             values=None if values == "all" else int(values),
             device=device,
             seed=seed,
+            cluster=cluster,
             command=argv(),
             progress=bar,
         )

@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError
 
 from rankwise._version import __version__
 from rankwise.cli.common import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK, PlainConsole, printable
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, without_secrets
 
 MESSAGES: Final = "https://rankwise.readthedocs.io/en/latest/reference/messages.html"
 ISSUES: Final = "https://github.com/rankwise/rankwise/issues"
@@ -32,6 +32,7 @@ COMMANDS: Final[dict[str, str]] = {
     "probe": "Say before any training how much there is to learn, what holds it, and what to start with.",
     "train": "Fine-tune with LoRA at high rank, watched for collapse; recall and forgetting are measured.",
     "sweep": "Train rank x rule x learning rate x seed, on one machine or a Ray cluster, and say what the grid says.",
+    "report": "Write one self-contained page out of any records: a sweep's answer first, comparisons, every figure.",
     "recall": "Measure what an adapter recalls of a data set, in bits, and what it forgot.",
 }
 """Command -> its line in the help. The function of the same name stands in `rankwise.cli.NAME`."""
@@ -94,13 +95,13 @@ def run(words: Sequence[str]) -> int:
 
 
 def _defect() -> int:
-    traceback.print_exc()
+    print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
     print(f"rankwise: this is a defect of rankwise itself; please report it: {ISSUES}", file=sys.stderr)
     return EXIT_DEFECT
 
 
 def _say(message: str) -> None:
-    print(f"rankwise: error: {printable(message)}", file=sys.stderr)
+    print(f"rankwise: error: {printable(without_secrets(message))}", file=sys.stderr)
 
 
 def main() -> None:

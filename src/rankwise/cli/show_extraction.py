@@ -64,13 +64,22 @@ def show_extraction(record: ExtractionRecord, *, every: bool) -> None:
     c = record.calibration
     if c is not None:
         console.print(
-            f"output error on {c.samples} texts of {escape(c.data)}: {_error(c.output_error)}, without calibration "
-            f"{_error(c.output_error_plain)}",
+            f"output error on {c.held_out} held-out texts of {escape(c.data)}: {_error(c.output_error)}, without "
+            f"calibration {_error(c.output_error_plain)} (fitted to the inputs of the {c.inputs} model on "
+            f"{c.samples} others)",
             soft_wrap=True,
         )
         losses = (("base", c.base_loss), ("tuned", c.tuned_loss), ("adapter", c.adapter_loss), ("plain", c.plain_loss))
         known = ", ".join(f"{name} {loss:.4f}" for name, loss in losses if loss is not None)
         if known:
-            console.print(f"loss on {c.held_out} held-out texts, nats a token: {known}")
+            console.print(f"loss on {c.held_out} held-out texts, nats a token: {known}", soft_wrap=True)
+        lowered = c.loss_difference_lowered
+        if c.loss_difference is not None and c.loss_difference_plain is not None and lowered is not None:
+            console.print(
+                f"off the tuned model's loss by {c.loss_difference:.4f} a token, without calibration by "
+                f"{c.loss_difference_plain:.4f} at the same ranks: {abs(lowered):.1%} "
+                f"{'lower' if lowered >= 0 else 'higher'}",
+                soft_wrap=True,
+            )
     print_findings(console, record.findings)
     console.print(f"adapter: {escape(record.out)}")

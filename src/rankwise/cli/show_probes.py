@@ -89,8 +89,9 @@ def show_probe(record: ProbeRecord, *, every: bool) -> None:
         every: print all modules and rows.
     """
     console = plain_console()
+    rows = "row" if record.examples == 1 else "rows"
     console.print(
-        f"{escape(record.data)} on {escape(record.model)}: {record.examples:,} rows, {record.target_tokens:,} target "
+        f"{escape(record.data)} on {escape(record.model)}: {record.examples:,} {rows}, {record.target_tokens:,} target "
         f"tokens in the {record.measured_examples:,} looked at",
         soft_wrap=True,
     )
@@ -110,7 +111,7 @@ def show_probe(record: ProbeRecord, *, every: bool) -> None:
     )
     _gradient(console, record.gradient, every=every)
     plan = record.recommendation
-    first = plan.modules[0]
+    first = max(plan.modules, key=lambda module: module.r)
     rate = "-" if plan.learning_rate is None else f"{plan.learning_rate:g}"
     console.print(
         f"\nto start with ({record.job}{', as you said' if record.job_given else ''}): rank {first.r}, {plan.rule}, "

@@ -97,25 +97,30 @@ def _marks(rows: Sequence[SweepRun], seeds: int) -> str:
 
 
 def _estimate(found: Estimate, by: Score | None = None) -> str:
+    """Write a mean and half the width of its interval, which lies on both sides alike."""
     if found.mean is None:
         return "-"
+    scale, digits, unit = (100.0, ".1f", "%") if by == "exact_share" else (1.0, ".3g", "")
 
-    def one(value: float) -> str:
-        return f"{value:.1%}" if by == "exact_share" else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    def one(value: float, digits: str) -> str:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:{digits}}"
 
-    return one(found.mean) + ("" if found.ci is None else f" ({one(found.ci[0])} to {one(found.ci[1])})")
+    mean = one(scale * found.mean, digits) + unit
+    if found.ci is None:
+        return mean
+    half = scale * (found.ci[1] - found.ci[0]) / 2
+    return f"{mean} ± {one(half, '.1f' if unit else '.2g' if half < 100 else '.0f')}"
 
 
 def _best_table(best: Sequence[SweepBest], by: Score) -> Table:
-    heads = ("rank", "parameters", "best rate", "on edge", HEADINGS[by], "bits/parameter", "forgetting")
+    heads = ("rank", "params", "best rate", HEADINGS[by], "bits/param", "forgetting")
     table = plain_table(("rule", "left"), *((h, "right") for h in heads))
     for b in best:
         table.add_row(
             b.scaling,
             str(b.rank),
             "-" if b.params is None else f"{b.params:,}",
-            "-" if b.learning_rate is None else f"{b.learning_rate:g}",
-            b.edge or "-",
+            "-" if b.learning_rate is None else f"{b.learning_rate:g}" + (f" ({b.edge})" if b.edge else ""),
             _estimate(b.score, by),
             _estimate(b.bits_per_param),
             _estimate(b.forgetting),
@@ -123,17 +128,27 @@ def _best_table(best: Sequence[SweepBest], by: Score) -> Table:
     return table
 
 
+MOST_MARKS = 6
+"""Runs of a setting that are shown by a mark each; more are counted."""
+
+
+def _ended(p: SweepPoint) -> str:
+    """Say how the runs of a setting ended, in the marks of the live table."""
+    counts = {"done": p.done, "diverged": p.diverged, "failed": p.failed}
+    if p.runs <= MOST_MARKS:
+        return "".join(MARKS[status] * number for status, number in counts.items())
+    return " ".join(f"{number}{MARKS[status]}" for status, number in counts.items() if number)
+
+
 def _point_table(points: Sequence[SweepPoint], by: Score) -> Table:
-    heads = ("rank", "rate", "done", "diverged", "failed", HEADINGS[by], "loss", "forgetting", "front")
+    heads = ("rank", "rate", "runs", HEADINGS[by], "loss", "forgetting", "front")
     table = plain_table(("rule", "left"), *((h, "right") for h in heads))
     for p in points:
         table.add_row(
             p.scaling,
             str(p.rank),
             f"{p.learning_rate:g}",
-            str(p.done),
-            str(p.diverged or "-"),
-            str(p.failed or "-"),
+            _ended(p),
             _estimate(p.score, by),
             _estimate(p.loss),
             _estimate(p.forgetting),
@@ -162,8 +177,9 @@ def show_sweep(record: SweepRecord, out: Path) -> None:
     if len(record.points) > MOST_POINTS:
         console.print(f"... and {len(record.points) - MOST_POINTS} more in sweep.json and results.csv")
     console.print(
-        "Means over seeds with 95 % t-intervals, each for itself: about one in twenty leaves out the truth. "
-        "front: no other setting is better in both recall and forgetting, by the means.",
+        "Means over seeds ± half of a 95 % t-interval, each for itself: about one in twenty leaves out the truth. "
+        "best rate: in brackets where it lies on the edge of the rates tried. runs: + done, x diverged, ! failed or "
+        "stopped. front: no other setting is better in both recall and forgetting, by the means.",
         soft_wrap=True,
     )
     print_findings(console, record.findings)

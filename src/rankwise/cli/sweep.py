@@ -120,8 +120,10 @@ class Where:
         cpus_per_run: CPU cores of a run, and its threads. Default: 1.
         gpus_per_run: GPUs of a run, or a share of one such as 0.25. Default: 1 where there are any.
         memory_per_run: GiB of a run. Default: estimated, where it does not run on a GPU.
-        device: cpu, cuda or cuda:N. Default: cuda when there is one.
+        device: cpu or cuda: Ray gives each run its own GPU. Default: cuda when there is one.
         keep_adapters: Keep the adapters of the runs, and not their records alone.
+        asha: End learning rates that do worse than others of their rule and rank before their last seed, by Ray Tune's
+            ASHA: one in so many goes on, such as 2. Default: all seeds of all rates.
     """
 
     cluster: str | None = None
@@ -131,6 +133,7 @@ class Where:
     memory_per_run: float | None = None
     device: str | None = None
     keep_adapters: bool | None = None
+    asha: float | None = None
 
 
 def sweep(
@@ -179,7 +182,7 @@ def sweep(
     if import_ is not None:
         _alone("--import", model, data, export, dry_run, settings)
         return _import(import_, out, json=json, report=report, force=force)
-    from rankwise.sweeping.running import settle_sweep
+    from rankwise.sweeping.asking import settle_sweep
 
     if export is not None or dry_run:
         asked = settle_sweep(model, data, settings, seed=seed, config=config)
@@ -201,9 +204,14 @@ def sweep(
     from rankwise.sweeping.running import sweep as run
 
     with Watch(quiet=quiet) as watch:
-        record = run(
-            model, data, out=out, **settings, seed=seed, config=config, force=force, command=argv(), progress=watch.say
-        )  # fmt: skip
+        try:
+            record = run(
+                model, data, out=out, **settings, seed=seed, config=config, force=force, command=argv(),
+                progress=watch.say,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print(f"rankwise: runs that are over are kept in {out}; the same command goes on", file=sys.stderr)
+            raise
     return _finish(record, out, json=json, report=report, force=force, quiet=quiet)
 
 
@@ -220,11 +228,13 @@ def _check_page() -> None:
 
 def _given(lists: Lists, shared: Shared, where: Where) -> dict[str, Any]:
     """Return all flags by the names of `rankwise.sweep`."""
+    from rankwise.sweeping.settings import PATTERN
+
     given = {**asdict(lists), **asdict(shared), **asdict(where)}
     seeds, words = given["seeds"], given["target_modules"]
     if seeds is not None and len(seeds) == 1:
         given["seeds"] = seeds[0]
-    if words is not None and len(words) == 1 and (words[0] == "all-linear" or set(words[0]) & set("\\^$*+?()[]|")):
+    if words is not None and len(words) == 1 and (words[0] == "all-linear" or set(words[0]) & PATTERN):
         given["target_modules"] = words[0]
     return given
 

@@ -15,7 +15,7 @@ import numpy as np
 from rankwise.checkpoints import Adapter, open_source
 from rankwise.checkpoints.alphas import configs_in_header
 from rankwise.checkpoints.patterns import LoraSettings
-from rankwise.errors import UnknownFormatError, WrongKindError
+from rankwise.errors import UnknownFormatError, WrongKindError, without_secrets
 from rankwise.linting.names import Shape, targeted
 from rankwise.linting.subject import Module, Subject
 from rankwise.linting.texts import COMMANDS, parse, parse_command, read_text
@@ -51,7 +51,7 @@ def _read(source: str) -> Subject:
         is_file = is_folder = False
     if not is_file and not is_folder and "--" in source and COMMANDS.search(source):
         raw = _with_config(parse_command(source, "the command"), Path())
-        return subject_of(raw, recognise(raw, "the command"), path=source, text=source)
+        return subject_of(raw, recognise(raw, "the command"), path=without_secrets(source), text=source)
     folder = path if is_folder else path.parent
     weights = any((folder / name).is_file() for name in WEIGHTS)
     if is_folder and (path / CONFIG).is_file() and not weights and not _holds_weights(path):
@@ -70,7 +70,7 @@ def _holds_weights(folder: Path) -> bool:
 def _config(path: Path, source: str) -> Subject:
     text = read_text(path)
     raw = _with_config(parse(text, str(path)), path.parent)
-    return subject_of(raw, recognise(raw, str(path)), path=source, text=text)
+    return subject_of(raw, recognise(raw, str(path)), path=without_secrets(source), text=text)
 
 
 def _with_config(raw: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -93,9 +93,10 @@ def _adapter(place: str, source: str) -> Subject:
     config = adapter.config
     text = _text_beside(place)
     if config is not None and adapter.format == "peft":
-        subject = subject_of(config, "adapter", path=source, text=text)
+        subject = subject_of(config, "adapter", path=without_secrets(source), text=text)
     else:
-        subject = Subject(path=source, kind="adapter", text=text, raw=config or {}, keys={}, settings=None)
+        shown = without_secrets(source)
+        subject = Subject(path=shown, kind="adapter", text=text, raw=config or {}, keys={}, settings=None)
     modules = tuple(Module(m.module, m.r, m.lora_alpha, m.scaling, m.rule, m.shape) for m in adapter.modules)
     return dataclasses.replace(
         subject,

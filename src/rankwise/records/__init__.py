@@ -43,6 +43,7 @@ from rankwise.records.probe import (
     ProbeRow,
     SweepCell,
 )
+from rankwise.records.report import ReportFile, ReportPart, ReportRecord
 from rankwise.records.runs import (
     AttributeRecall,
     DemoRecord,
@@ -139,6 +140,9 @@ __all__ = [
     "RecallRecord",
     "RecallScore",
     "Record",
+    "ReportFile",
+    "ReportPart",
+    "ReportRecord",
     "RunConfig",
     "RunRecord",
     "ScaleRow",
@@ -171,6 +175,7 @@ __all__ = [
     "UniformRank",
     "Verdict",
     "WholeModule",
+    "any_record",
     "exponent_words",
     "from_json",
     "now",
@@ -199,6 +204,7 @@ RECORDS: dict[str, type[Record]] = {
         CounterTestRecord,
         SweepRecord,
         SweepDryRunRecord,
+        ReportRecord,
     )
 }
 """Format string -> record class."""
@@ -225,14 +231,28 @@ def read_any_record(path: Path) -> Record:
     """
     try:
         text = path.read_bytes()
-        found = json.loads(text).get("format")
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+    return any_record(text, str(path))
+
+
+def any_record(text: bytes, where: str) -> Record:
+    """Read a record of whatever kind a text says it is.
+
+    Args:
+        text: JSON.
+        where: the file's name, for messages.
+
+    Raises:
+        RecordError: it is no record, or of a kind that this version does not know.
+    """
+    try:
+        found = json.loads(text).get("format")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise RecordError(f"{path} is not a rankwise record: {error}") from error
+        raise RecordError(f"{where} is not a rankwise record: {error}") from error
     if not isinstance(found, str):
-        raise RecordError(f"{path} is not a rankwise record: it has no field `format` of the form rankwise/KIND/1")
+        raise RecordError(f"{where} is not a rankwise record: it has no field `format` of the form rankwise/KIND/1")
     for kind in RECORDS.values():  # one of a known kind and another version is refused in its words
         if found.rpartition("/")[0] == kind.FORMAT.rpartition("/")[0]:
-            return from_json(text, kind, str(path))
-    raise RecordError(f"{path} is {found!r}; this version reads: {', '.join(sorted(RECORDS))}")
+            return from_json(text, kind, where)
+    raise RecordError(f"{where} is {found!r}; this version reads: {', '.join(sorted(RECORDS))}")

@@ -120,6 +120,11 @@ def to_json(record: Record) -> str:
     return msgspec.json.format(msgspec.json.encode(plain), indent=1).decode() + "\n"
 
 
+def _no_number(word: str) -> float:
+    """Refuse what Python reads as a number and JSON does not know."""
+    raise ValueError(f"it holds {word}, where a record has a finite number or null")
+
+
 def from_json(text: str | bytes, kind: type[R], where: str = "the record") -> R:
     """Read a record of one kind.
 
@@ -132,7 +137,7 @@ def from_json(text: str | bytes, kind: type[R], where: str = "the record") -> R:
         RecordError: not JSON, another kind, a newer format, an unknown field or a value of a wrong type.
     """
     try:
-        head = json.loads(text)
+        head = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{where} is not JSON: {error}") from error
     found = head.get("format") if isinstance(head, dict) else None

@@ -84,13 +84,17 @@ class Calibration(Part, frozen=True, kw_only=True):
         samples: examples that the inputs were measured on.
         tokens: of these examples.
         held_out: examples that errors and losses are of; the factors were not fitted to them.
+        inputs: "tuned" or "base": the model whose inputs were measured. The base's where the tuned one cannot be run.
         modules: modules whose inputs were measured.
-        output_error: root mean square over these modules; None where there are none.
+        output_error: root mean square over these modules, on the held-out examples; None where there are none.
         output_error_plain: the same at equal rank without calibration.
         base_loss: nats a token on the held-out examples.
         tuned_loss: likewise.
         adapter_loss: base with the adapter.
         plain_loss: base with an adapter of equal rank without calibration.
+        loss_difference: mean over the held-out tokens of how far the adapter's loss is from the tuned model's, nats,
+            without regard to the sign: means of losses may agree where the models do not.
+        loss_difference_plain: likewise without calibration.
     """
 
     data: str
@@ -104,6 +108,16 @@ class Calibration(Part, frozen=True, kw_only=True):
     tuned_loss: float | None = None
     adapter_loss: float | None = None
     plain_loss: float | None = None
+    loss_difference: float | None = None
+    loss_difference_plain: float | None = None
+    inputs: Literal["base", "tuned"] = "base"
+
+    @property
+    def loss_difference_lowered(self) -> float | None:
+        """The share of the loss difference that calibration takes away; below 0 where it adds to it."""
+        if self.loss_difference is None or not self.loss_difference_plain:
+            return None
+        return 1 - self.loss_difference / self.loss_difference_plain
 
 
 class ExtractionRecord(Record, frozen=True, kw_only=True):

@@ -258,7 +258,7 @@ class CounterTestRecord(Record, frozen=True, kw_only=True):
         adapter: ADAPTER as given.
         data: DATA as given.
         examples: rows of the data.
-        judged_examples: rows that the losses are taken on.
+        judged_examples: rows that the losses are taken on, of those that the steps see.
         rank: largest r of the adapter.
         scaling: largest factor on B @ A.
         effective_rank: mean over modules of exp(entropy of sigma^2 / energy) of B @ A.
@@ -269,7 +269,7 @@ class CounterTestRecord(Record, frozen=True, kw_only=True):
         seeds: of the orders of the batches.
         start_loss: before any step, the same for all moves, nats a target token.
         base_loss: of the base without the adapter.
-        least_gain: gain, as a share of start_loss, below which a move counts as none.
+        least_gain: gain below which a move counts as none, nats a token.
         moves: what was tried.
         verdict: in five words at most.
         text: the verdict in a sentence.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from os import PathLike
+from typing import Any, Final, Literal
 
 Json = dict[str, Any]
 
@@ -96,6 +97,59 @@ class Figure:
         """Return what the script in the page needs to draw the figure, as JSON types."""
         choices = [{"data": list(c.data), "layout": c.layout, "note": c.note} for c in self.choices]
         return {"data": list(self.data), "layout": self.layout, "choices": choices, "chosen": self.chosen}
+
+    def to_plotly(self, theme: Literal["light", "dark"] = "light") -> Json:
+        """Return `data` and `layout` with colours, as `plotly.graph_objects.Figure(...)` of plotly.py takes them.
+
+        Args:
+            theme: whose colours; the page follows the reader's, a file cannot.
+        """
+        from rankwise.report.painting import painted, shown
+
+        now = shown(self)
+        return {"data": painted(now["data"], theme), "layout": painted(now["layout"], theme)}
+
+    def to_csv(self) -> str:
+        """Return the numbers of the figure as CSV: its table, or what is drawn where it has none."""
+        from rankwise.report.painting import csv_of
+
+        return csv_of(self)
+
+    def to_html(self) -> str:
+        """Return a self-contained page of this figure alone."""
+        from rankwise.report.page import render_figure
+
+        return render_figure(self)
+
+    def to_image(
+        self,
+        format: Literal["png", "svg"] = "png",
+        *,
+        theme: Literal["light", "dark"] = "light",
+        width: int = 760,
+        browser: str | PathLike[str] | None = None,
+    ) -> bytes:
+        """Return a picture of the figure, as its selector shows it first, drawn by Chromium, Chrome or Edge.
+
+        Args:
+            format: "png", of two pixels for each px, or "svg".
+            theme: whose colours.
+            width: in px; the height is the one the page has.
+            browser: path or name of the browser; the first one on the path if None.
+
+        Raises:
+            BrowserError: there is no such browser, or it did not draw.
+        """
+        from rankwise.report.picturing import pictures
+
+        drawn = pictures({self.name: self}, formats=(format,), theme=theme, width=width, browser=browser)
+        return drawn[self.name, format]
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the page in a frame of its own, which the notebook's styles do not reach."""
+        from rankwise.report.painting import framed
+
+        return framed(self)
 
 
 def known(value: float | None) -> float | None:

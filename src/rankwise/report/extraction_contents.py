@@ -150,7 +150,8 @@ def calibration_facts(c: Calibration) -> list[Fact]:
     facts: list[Fact] = [
         ("output error", words.number(c.output_error), f"root mean square of {words.count(c.modules, 'module')}"),
         ("without calibration", words.number(c.output_error_plain), "at the same ranks"),
-        ("texts", f"{c.samples:,}", f"{c.tokens:,} tokens of {c.data}; measured on {c.held_out} others"),
+        ("texts", f"{c.samples:,}", f"{c.tokens:,} tokens of {c.data}; errors and losses are of {c.held_out} others"),
+        ("inputs", f"of the {c.inputs} model", "what the factors are fitted to"),
     ]
     losses = (("base", c.base_loss), ("tuned", c.tuned_loss), ("adapter", c.adapter_loss), ("plain", c.plain_loss))
     names = {"plain": "adapter without calibration"}
@@ -159,6 +160,17 @@ def calibration_facts(c: Calibration) -> list[Fact]:
         for name, loss in losses
         if known(loss) is not None
     ]
+    lowered = c.loss_difference_lowered
+    if lowered is not None:
+        facts.append(
+            (
+                "off the tuned loss",
+                words.number(c.loss_difference),
+                f"nats, mean over tokens whatever the sign; without calibration "
+                f"{words.number(c.loss_difference_plain)} at the same ranks: {words.share(abs(lowered))} "
+                + ("lower" if lowered >= 0 else "higher"),
+            )
+        )
     return facts
 
 

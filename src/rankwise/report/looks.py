@@ -177,10 +177,11 @@ def label_places(
     at = [(x * width, y * height) for x, y in points]
     frame = _Box(0, 0, width, height)
     taken = [_Box(x - 7, y - 7, x + 7, y + 7) for x, y in at]
+    steps = [(a, b, 40 if a != b else 0) for a, b in lines]  # a mark is a line without a length
     drops = [
-        ((a[0] + (b[0] - a[0]) * k / 40) * width, (a[1] + (b[1] - a[1]) * k / 40) * height)
-        for a, b in lines
-        for k in range(41)
+        ((a[0] + (b[0] - a[0]) * k / (n or 1)) * width, (a[1] + (b[1] - a[1]) * k / (n or 1)) * height)
+        for a, b, n in steps
+        for k in range(n + 1)
     ]
     inked = [_Box(x - 3, y - 3, x + 3, y + 3) for x, y in drops]
     chosen: list[str] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, Final
@@ -32,6 +32,7 @@ from rankwise.records import (
     SimulationRecord,
     SpectraRecord,
     StabilityRecord,
+    SweepRecord,
 )
 from rankwise.report import words
 from rankwise.report.conversion_contents import conversion_contents
@@ -44,6 +45,7 @@ from rankwise.report.plan_contents import plan_contents
 from rankwise.report.probe_contents import counter_contents, probe_contents
 from rankwise.report.run_contents import recall_contents, run_contents
 from rankwise.report.stability_contents import stability_contents
+from rankwise.report.sweep_contents import sweep_contents
 from rankwise.report.table import module_table
 
 PLOTLY: Final = "plotly-cartesian-4.1.1"
@@ -55,17 +57,21 @@ def _asset(name: str) -> str:
     return resources.files("rankwise.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
+PAGE_SCRIPTS: Final = ("figures.js", "tables.js")
+"""What a page runs beside the plotting library."""
+
+
 @cache
-def _scripts() -> tuple[str, ...]:
-    """Return the scripts of the page; the first carries its licence, as the licence asks."""
+def _scripts(own: tuple[str, ...] = PAGE_SCRIPTS) -> tuple[str, ...]:
+    """Return the scripts of a page; the first carries its licence, as the licence asks."""
     licence = _asset(f"{PLOTLY}.LICENSE").replace("*/", "* /").strip()
-    return (f"/*\n{licence}\n*/\n{_asset(f'{PLOTLY}.min.js')}", _asset("figures.js"), _asset("tables.js"))
+    return (f"/*\n{licence}\n*/\n{_asset(f'{PLOTLY}.min.js')}", *map(_asset, own))
 
 
 @cache
-def _policy() -> str:
+def _policy(own: tuple[str, ...] = PAGE_SCRIPTS) -> str:
     """Return a content security policy: these scripts, by their hashes, and nothing from elsewhere."""
-    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in _scripts()]
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in _scripts(own)]
     hashes = " ".join(f"'sha256-{d}'" for d in digests)
     rest = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     return f"default-src 'none'; script-src {hashes}; {rest}"
@@ -162,6 +168,7 @@ PAGES: Final[dict[type[Record], tuple[str, Callable[[Any], dict[str, Any]]]]] = 
     ProbeRecord: ("probe.html", probe_contents),
     CounterTestRecord: ("counter_test.html", counter_contents),
     StabilityRecord: ("stability.html", stability_contents),
+    SweepRecord: ("sweep.html", sweep_contents),
 }
 """Record class -> template and the function that fills it."""
 
@@ -178,7 +185,8 @@ def render_page(
     | LintRecord
     | StabilityRecord
     | ProbeRecord
-    | CounterTestRecord,
+    | CounterTestRecord
+    | SweepRecord,
 ) -> str:
     """Return one self-contained HTML document: it opens without a network, in light and dark.
 
@@ -188,20 +196,47 @@ def render_page(
     Raises:
         RecordError: there is no page for this kind of record.
     """
+    template, fill = page_of(record)
+    figures = figures_of(record)
+    return render(
+        template,
+        layout="page.html",
+        title=words.title(record),
+        figures={f.name: f for f in figures},
+        numbers={f.name: index for index, f in enumerate(figures, start=1)},
+        specs=[(f.name, f.spec()) for f in figures],
+        provenance=words.provenance(record),
+        **fill(record),
+    )
+
+
+def page_of(record: Record) -> tuple[str, Callable[[Any], dict[str, Any]]]:
+    """Return the template of a record and the function that fills it.
+
+    Raises:
+        RecordError: there is no page for this kind of record.
+    """
     if type(record) not in PAGES:
         made = ", ".join(kind.FORMAT for kind in PAGES)
         raise RecordError(f"there is no page for a {type(record).__name__}; pages show {made}")
-    template, fill = PAGES[type(record)]
-    figures = figures_of(record)
-    common = {
-        "title": words.title(record),
-        "figures": {f.name: f for f in figures},
-        "numbers": {f.name: index for index, f in enumerate(figures, start=1)},
-        "provenance": words.provenance(record),
-        "style": Markup(_asset("style.css")),
-        "scripts": [Markup(s) for s in _scripts()],
-        "policy": _policy(),
-    }
-    html = _environment().get_template(template).render(common | fill(record))
+    return PAGES[type(record)]
+
+
+def render_figure(figure: Figure) -> str:
+    """Return one figure as a page of its own."""
+    specs = [(figure.name, figure.spec())]
+    return render("figure.html", title=figure.title, verdict=figure.alt, figure=figure, number=1, specs=specs)
+
+
+def render_jobs(jobs: Sequence[dict[str, Any]]) -> str:
+    """Return the page that draws pictures for `picturing`, and has nothing for people to read."""
+    return render("picture.html", own=("picture.js",), jobs=jobs)
+
+
+def render(template: str, *, own: tuple[str, ...] = PAGE_SCRIPTS, **values: Any) -> str:
+    """Return a template filled with values, and with the style and the scripts that every page has."""
+    scripts = [Markup(s) for s in _scripts(own)]
+    assets = {"style": Markup(_asset("style.css")), "scripts": scripts, "policy": _policy(own)}
+    html = _environment().get_template(template).render(assets | values)
     # a path that is no UTF-8 reaches us as lone surrogates, which no file can hold
     return html.encode("utf-8", "replace").decode("utf-8")

@@ -24,7 +24,7 @@ JOBS: Final = {
 def probe_verdict(record: ProbeRecord) -> str:
     """Return how much there is to learn, and what to start with."""
     plan = record.recommendation
-    first = plan.modules[0]
+    first = max(plan.modules, key=lambda module: module.r)
     asked = " (as you said)" if record.job_given else ""
     rate = words.number(plan.learning_rate)
     start = f"Start with rank {first.r}, {plan.rule}, alpha {words.number(first.lora_alpha)}, learning rate {rate}"

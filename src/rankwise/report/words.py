@@ -26,6 +26,7 @@ from rankwise.records import (
     SimulationRecord,
     SpectraRecord,
     StabilityRecord,
+    SweepRecord,
 )
 from rankwise.report.drawing import known
 
@@ -100,6 +101,21 @@ def short(source: str) -> str:
     return source.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] or source
 
 
+def tails(names: Sequence[str]) -> dict[str, str]:
+    """Return, for every path, as few of its last parts as tell it from the others.
+
+    >>> tails(["runs/a/x.json", "runs/b/x.json", "y.json"])
+    {'runs/a/x.json': 'a/x.json', 'runs/b/x.json': 'b/x.json', 'y.json': 'y.json'}
+    """
+    parts = {name: [p for p in name.replace("\\", "/").split("/") if p] or [name] for name in names}
+    found = {}
+    for name, own in parts.items():
+        others = [other for given, other in parts.items() if given != name]
+        depth = next((k for k in range(1, len(own)) if all(o[-k:] != own[-k:] for o in others)), len(own))
+        found[name] = "/".join(own[-depth:])
+    return found
+
+
 def title(record: Record) -> str:
     """Return the title of a page in words."""
     if isinstance(record, SpectraRecord):
@@ -132,6 +148,8 @@ def title(record: Record) -> str:
         return "What rank, scaling and learning rate do to recalled facts"
     if isinstance(record, StabilityRecord):
         return f"How the branch goes with the rank on “{short(record.config.data)}”"
+    if isinstance(record, SweepRecord):
+        return f"Rank, rule and learning rate on “{short(record.config.data)}”"
     return record.format
 
 
@@ -282,7 +300,7 @@ def _sources(record: Record) -> list[tuple[str, str]]:
         return [("model", record.model), ("adapter", record.adapter), ("data", record.data)]
     if isinstance(record, DemoRecord):
         return [("model", record.model), ("data", record.data), ("style data", record.style_data)]
-    if isinstance(record, StabilityRecord):
+    if isinstance(record, StabilityRecord | SweepRecord):
         return [("model", record.config.model), ("data", record.config.data)]
     return []
 

@@ -74,7 +74,8 @@ def answer(cells: Sequence[SweepRun], score: Score | None = None) -> Answers:
         _point(key, grouped[key], done[key], by, eligible=key in sure, on_front=key in front) for key in sorted(grouped)
     )
     best = tuple(_best([p for p in points if (p.scaling, p.rank) == group], by) for group in _groups(points))
-    return Answers(by, points, best, _effects(points, best, done, by), _exponents(points, best, done, by))
+    bad = {key for key, members in grouped.items() if not _stable(members)}
+    return Answers(by, points, best, _effects(points, best, done, by), _exponents(points, done, by, bad))
 
 
 def score_of(cells: Iterable[SweepRun]) -> Score:
@@ -120,13 +121,16 @@ def _eligible(grouped: dict[Key, list[SweepRun]], done: dict[Key, list[SweepRun]
     usable = {
         key
         for key, members in grouped.items()
-        if not any(cell.status in ("diverged", "interrupted") for cell in members)
-        and any(getattr(cell, by) is not None for cell in done[key])
+        if _stable(members) and any(getattr(cell, by) is not None for cell in done[key])
     }
     most: dict[tuple[str, int], int] = defaultdict(int)
     for key in usable:
         most[key[:2]] = max(most[key[:2]], len(done[key]))
     return {key for key in usable if len(done[key]) == most[key[:2]]}
+
+
+def _stable(members: Iterable[SweepRun]) -> bool:
+    return not any(cell.status in ("diverged", "interrupted") for cell in members)
 
 
 def _front(points: Sequence[tuple[Key, list[SweepRun]]], by: Score) -> set[Key]:
@@ -254,7 +258,7 @@ def _verdict(difference: Estimate, by: Score) -> Effect:
 
 
 def _exponents(
-    points: Sequence[SweepPoint], best: Sequence[SweepBest], done: dict[Key, list[SweepRun]], by: Score
+    points: Sequence[SweepPoint], done: dict[Key, list[SweepRun]], by: Score, bad: set[Key]
 ) -> tuple[RateExponent, ...]:
     sign = 1 if higher_is_better(by) else -1
 
@@ -263,18 +267,23 @@ def _exponents(
         return None if found is None else sign * float(found)
 
     return tuple(
-        _exponent([p for p in points if p.scaling == rule], done, value) for rule in sorted({b.scaling for b in best})
+        _exponent([p for p in points if p.scaling == rule], done, value, bad)
+        for rule in sorted({p.scaling for p in points})
     )
 
 
 def _exponent(
-    points: Sequence[SweepPoint], done: dict[Key, list[SweepRun]], value: Callable[[SweepRun], float | None]
+    points: Sequence[SweepPoint],
+    done: dict[Key, list[SweepRun]],
+    value: Callable[[SweepRun], float | None],
+    bad: set[Key],
 ) -> RateExponent:
     """Fit log(best rate) against log(rank), seed by seed.
 
-    A best rate on the edge of the grid is a bound, not a value: its rank is left out. A grid knows a best rate to half
-    a step either way, which a slope with weights w_i over the ranks can turn into sum |w_i| times half a step: seeds
-    that agree on every rate would otherwise give an interval of no width.
+    A best rate on the edge of the grid is a bound, not a value: its rank is left out. So is one where a rate that did
+    not diverge lacks seeds: it might have been best for them. A grid knows a best rate to half a step either way, which
+    a slope with weights w_i over the ranks can turn into sum |w_i| times half a step: seeds that agree on every rate
+    would otherwise give an interval of no width.
     """
     rule = points[0].scaling
     chosen: dict[int, dict[int, float]] = {}
@@ -284,9 +293,12 @@ def _exponent(
         mine = [point for point in points if point.rank == rank]
         rates = sorted(point.learning_rate for point in mine)
         by_seed = _best_by_seed([p for p in mine if p.eligible], done, value)
+        short = [p.learning_rate for p in mine if not p.eligible and (p.scaling, p.rank, p.learning_rate) not in bad]
         edges = {edge for rate in by_seed.values() if (edge := edge_of(rate, rates)) is not None}
         if not by_seed:
             left_out[str(rank)] = "no rate at which every seed was done"
+        elif short:
+            left_out[str(rank)] = f"seeds are missing at {', '.join(f'{rate:g}' for rate in short)}"
         elif edges:
             which = "only one rate was tried" if "only" in edges else f"on the {' and the '.join(sorted(edges))} rate"
             left_out[str(rank)] = which if "only" in edges else f"the best rate of a seed lies {which} tried"

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import shutil
+import socket
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from rankwise._version import __version__
 from rankwise.records import RunRecord, read_record, to_json
+from rankwise.sweeping.collecting import merit, read_bytes
 from rankwise.sweeping.grid import Cell
 from rankwise.sweeping.settings import Request
 from rankwise.tuning.runs import ADAPTER, RECORD
@@ -38,6 +41,7 @@ class Task:
         keep_adapter: whether its weights are handed back.
         staging: folder to work in, or None for the machine's own.
         command: argv for the record.
+        version: of rankwise in the driver; a worker on another machine may have another one.
     """
 
     request: Request
@@ -47,6 +51,7 @@ class Task:
     keep_adapter: bool = False
     staging: str | None = None
     command: tuple[str, ...] = ()
+    version: str = __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +77,20 @@ class Refused:
     message: str
 
 
+def _other_version(task: Task) -> str | None:
+    """Say that this worker would run other code than the driver's: its figures could not be compared."""
+    if task.version == __version__:
+        return None
+    return (
+        f"the worker at {socket.gethostname()} has rankwise {__version__}, and the sweep {task.version}; every node "
+        "needs the same (pip install 'rankwise[train,cluster]==" + task.version + "')"
+    )
+
+
 def train_cell(task: Task) -> Ended:
     """Train one cell; whatever goes wrong is in what is returned."""
+    if (other := _other_version(task)) is not None:
+        return Ended({}, other)
     from rankwise.tuning.training import train
 
     cell, request = task.cell, task.request
@@ -98,8 +115,15 @@ def train_cell(task: Task) -> Ended:
         return Ended(_files(out, keep_adapter=task.keep_adapter), error, trace)
 
 
+def merit_of(name: str, ended: Ended) -> float | None:
+    """Return what a cell is compared by before all are over; None where it left no record."""
+    return merit(read_bytes(ended.files[RECORD], name, Path(name)).row) if RECORD in ended.files else None
+
+
 def look_ahead(task: Task) -> bytes | Refused:
     """Return the dry-run/1 record of one cell, or what is wrong with the input."""
+    if (other := _other_version(task)) is not None:
+        return Refused("ClusterError", other)
     from rankwise.errors import RankwiseError
     from rankwise.tuning.memory import dry_run
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -101,11 +102,22 @@ def read_cell(out: Path, name: str) -> Read:
     """
     path = out / name / RECORD
     try:
-        run = _DECODER.decode(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise RecordError(
             f"{path} cannot be read: {error.strerror or error}; take its folder away to run it anew"
         ) from error
+    return read_bytes(content, name, path)
+
+
+def read_bytes(content: bytes, name: str, path: Path) -> Read:
+    """Return the figures of one cell from the bytes of its record.
+
+    Raises:
+        RecordError: it is no run/1 record, or one of another cell.
+    """
+    try:
+        run = _DECODER.decode(content)
     except (msgspec.DecodeError, UnicodeError) as error:
         raise RecordError(f"{path} is no whole run/1 record: {error}; take its folder away to run it anew") from error
     if run.format != RunRecord.FORMAT:
@@ -141,6 +153,16 @@ def read_cell(out: Path, name: str) -> Read:
         error=run.error,
     )
     return Read(row, c.data_digest, run.device)
+
+
+def merit(row: SweepRun) -> float | None:
+    """Return what settings are compared by before all runs are over, higher is better; None of a failed run."""
+    if row.status == "failed":
+        return None
+    if row.status != "done":
+        return -math.inf
+    loss = None if row.loss is None else -row.loss
+    return next((value for value in (row.bits, row.exact_share, loss) if value is not None), None)
 
 
 def collect(out: Path, names: Iterable[str] | None = None) -> tuple[SweepRun, ...]:

@@ -1,4 +1,4 @@
-"""Ray: many calls of one function, on this machine or on a cluster. The only file that knows Ray.
+"""Ray: many calls of one function, on this machine or on a cluster. Of this room, `halving` alone knows Ray as well.
 
 In: a function, its tasks, and what one of them needs. Out: what each came to, in the order in which they end; a worker
 or a node that is lost costs the calls it was at, and these are made again.
@@ -7,23 +7,15 @@ or a node that is lost costs the calls it was at, and these are made again.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self
 
-from rankwise.errors import ClusterError, MissingDependencyError, UsageError
-
-RETRIES: Final = 2
-"""Times that a call is made again when its worker or its node is lost."""
-
-OBJECT_STORE: Final = 256 * 2**20
-"""Bytes of shared memory on a local start; what is handed back is small, or goes to disk."""
+from rankwise.errors import ClusterError, UsageError
+from rankwise.joining import LOCAL, LOST, joined
 
 AT_ONCE: Final = 2000
 """Calls handed to Ray at a time; a cluster that grows by itself sees what is waiting."""
@@ -31,13 +23,8 @@ AT_ONCE: Final = 2000
 PATIENCE: Final = 60.0
 """Seconds that a cluster may have no node that fits before that is an error; none on a local start."""
 
-ENVIRONMENT: Final = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # local nodes use 127.0.0.1, not the machine's own address
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_task_oom_retries": str(RETRIES),  # the default is to try for ever
-}
+LOOK_EVERY: Final = 2.0
+"""Seconds between two looks at the nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +56,6 @@ class Outcome:
     error: str | None = None
 
 
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep Ray's notes on how it starts off our stderr; its errors are raised."""
-    logger = logging.getLogger("ray")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _knock(address: str) -> None:
-    """Open and close a connection to a cluster's head: Ray itself tries for minutes, and writes on stderr meanwhile.
-
-    Raises:
-        OSError: nothing answers.
-    """
-    host, separator, port = address.rpartition("://")[2].rpartition(":")
-    if separator and port.isdigit():  # not "auto"
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
-
-
 @dataclass(slots=True)
 class Engine:
     """Ray, for the time of a `with`: started and stopped here, or only joined.
@@ -106,70 +70,37 @@ class Engine:
     needs: Needs = field(default_factory=Needs)
     jobs: int | None = None
     _ray: Any = None
-    _mine: bool = False
+    _ending: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _open: dict[Any, str] = field(default_factory=dict)
+    _looked: float = 0.0
+    _unfit_since: float | None = None
 
     def __enter__(self) -> Self:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        try:
-            import ray
-        except ImportError as error:
-            raise MissingDependencyError("ray", "cluster", "sweep") from error
-        self._ray = ray
-        self._mine = not ray.is_initialized()
-        if self._mine:
-            with _hushed():
-                self._start()
-        elif self.cluster is not None:
-            self._check_joined()
-        try:
+        here = self.cluster in (None, LOCAL)
+        with contextlib.ExitStack() as ending:
+            self._ray = ending.enter_context(joined(self.cluster or LOCAL, "sweep"))
+            ending.callback(self._cancel)
             if self.needs.gpus is None:
                 self.needs = Needs(self.needs.cpus, 1.0 if self.total("GPU") else 0.0, self.needs.memory)
-            self._check_fits(patience=0.0 if self.cluster is None else PATIENCE)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            self._check_fits(patience=0.0 if here else PATIENCE)
+            self._ending = ending.pop_all()
         return self
-
-    def _start(self) -> None:
-        quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-        if self.cluster is not None:
-            try:
-                _knock(self.cluster)
-                self._ray.init(address=self.cluster, **quiet)
-            except Exception as error:  # ConnectionError, ValueError, RuntimeError, by the way it is out of reach
-                raise ClusterError(
-                    f"no Ray cluster answers at {self.cluster!r}: {' '.join(str(error).split())[:300]}. "
-                    "`ray status` on its head node shows whether it runs; leave out --cluster to use this machine"
-                ) from error
-            return
-        # without address="local" the left-over of a killed run would be joined instead
-        self._ray.init(
-            address="local",
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            object_store_memory=OBJECT_STORE,
-            **quiet,
-        )
-
-    def _check_joined(self) -> None:
-        """Refuse another cluster than the one that this process has joined before."""
-        joined = self._ray.get_runtime_context().gcs_address
-        if self.cluster not in ("auto", joined):
-            raise ClusterError(
-                f"this process has joined the Ray at {joined} already, not the one at {self.cluster}; leave the "
-                "address out to use that one, or call ray.shutdown() first"
-            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ending.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is one that was not entered: Tune pickles its callbacks, in case somebody resumes its work."""
+        return Engine, (self.cluster, self.needs, self.jobs)
+
+    def _cancel(self) -> None:
+        """Stop the calls under way."""
         for reference in self._open:
-            self._ray.cancel(reference, force=True)
+            with contextlib.suppress(Exception):  # a cluster that is gone; what went wrong is under way already
+                self._ray.cancel(reference, force=True)
         self._open.clear()
-        if self._mine:
-            self._ray.shutdown()
 
     def total(self, what: str) -> float:
         """Return how much of a resource all nodes have together."""
@@ -233,31 +164,46 @@ class Engine:
         Raises:
             ClusterError: no node is left that could run what is still to do.
         """
-        needs = {"num_cpus": self.needs.cpus, "num_gpus": self.needs.gpus or 0.0, "max_retries": RETRIES}
+        needs = {"num_cpus": self.needs.cpus, "num_gpus": self.needs.gpus or 0.0, "max_retries": LOST}
         if self.needs.memory is not None:
             needs["memory"] = self.needs.memory
         remote = self._ray.remote(**needs)(work)
         waiting = iter(tasks.items())
         limit = min(self.jobs or AT_ONCE, AT_ONCE)
-        unfit_since = None
+        self._unfit_since = None
         while True:
             while len(self._open) < limit and (following := next(waiting, None)) is not None:
                 self._open[remote.remote(following[1])] = following[0]
             if not self._open:
                 return
-            ended, _ = self._ray.wait(list(self._open), num_returns=1, timeout=2.0)
+            ended, _ = self._ray.wait(list(self._open), num_returns=1, timeout=LOOK_EVERY)
             for reference in ended:
                 key = self._open.pop(reference)
                 yield self._outcome(key, reference)
-            if ended or self.fits():
-                unfit_since = None
-                continue
-            unfit_since = unfit_since or time.monotonic()
-            if time.monotonic() - unfit_since > PATIENCE:
-                raise ClusterError(
-                    f"{self._too_much()}. {len(self._open)} runs were waiting; those that ended are kept, and the same "
-                    "command goes on from there."
-                )
+            if ended:
+                self._unfit_since = None
+            else:
+                self.check_alive(len(self._open))
+
+    def check_alive(self, waiting: int) -> None:
+        """Look whether some node could do what waits, at most every two seconds.
+
+        Raises:
+            ClusterError: for a minute there was none.
+        """
+        moment = time.monotonic()
+        if moment - self._looked < LOOK_EVERY:
+            return
+        self._looked = moment
+        if self.fits():
+            self._unfit_since = None
+            return
+        self._unfit_since = self._unfit_since or moment
+        if moment - self._unfit_since > PATIENCE:
+            raise ClusterError(
+                f"{self._too_much()}. {waiting} runs were waiting; those that ended are kept, and the same command "
+                "goes on from there."
+            )
 
     def _outcome(self, key: str, reference: Any) -> Outcome:
         try:
@@ -268,6 +214,11 @@ class Engine:
             told = lines[0][:300] if len(lines) == 1 else f"{lines[0][:300]} ... {lines[-1][:300]}"
             return Outcome(key, error=f"{type(cause).__name__}: {told}")
         except self._ray.exceptions.RayError as error:
-            words = " ".join(str(error).split())[:300]
-            what = f"its worker was lost {RETRIES + 1} times ({type(error).__name__})"
-            return Outcome(key, error=f"{what}; memory is a common cause: {words}")
+            return Outcome(key, error=lost(error))
+
+
+def lost(error: BaseException | str | None = None) -> str:
+    """Say that a call was given up, and what Ray says of it."""
+    words = "" if error is None else f": {' '.join(str(error).split())[:300]}"
+    kind = f" ({type(error).__name__})" if isinstance(error, BaseException) else ""
+    return f"its worker was lost {LOST + 1} times{kind}; memory is a common cause{words}"

@@ -20,12 +20,17 @@ def axolotl(request: Request, grid: Grid) -> str:
 
     Lists are crossed; the list under `_` holds values that move together: a rank, its alpha and the rule. axolotl has
     no rule `unscaled`; alpha times r under alpha / r is the same factor.
+
+    Raises:
+        UsageError: alpha is no whole number, and axolotl's is.
     """
     alpha = request.settings["lora_alpha"] or DEFAULT_ALPHA
+    if alpha != int(alpha):
+        raise UsageError(f"axolotl's lora_alpha is a whole number; --lora-alpha {alpha:g} cannot be written")
     together = [
         {
             "lora_r": rank,
-            "lora_alpha": _whole(alpha * rank if rule == "unscaled" else alpha),
+            "lora_alpha": int(alpha * rank if rule == "unscaled" else alpha),
             "peft_use_rslora": rule == "rslora",
         }
         for rule in grid.scaling
@@ -37,14 +42,18 @@ def axolotl(request: Request, grid: Grid) -> str:
         "# axolotl train CONFIG.yml --sweep THIS_FILE\n"
         "# Model, data and everything else stand in CONFIG.yml.\n"
     )
+    others = flags_of(request, "lora_alpha", "save_every")
+    if others:
+        head += f"# Flags of train that are not in this file: {shlex.join(others)}\n"
     return head + _yaml(lists)
 
 
 def wandb(request: Request, grid: Grid) -> str:
     """Return a file for `wandb sweep FILE`: every agent calls `rankwise train`, into a folder of its run's id."""
-    words = ["rankwise", "train", request.model, request.data, *flags_of(request)]
+    words = ["rankwise", "train", request.model, request.data, *flags_of(request, "report_to")]
     line = f'{shlex.join(words)} --report-to wandb -o "runs/$WANDB_RUN_ID" "$@"'
     sweep = {
+        "program": "rankwise",  # W&B's agent reads it, whatever the command is
         "method": "grid",
         "metric": {"name": "train/loss", "goal": "minimize"},
         "parameters": {
@@ -59,26 +68,22 @@ def wandb(request: Request, grid: Grid) -> str:
     return f"# rank x rule x learning rate x seed: {len(grid.cells)} runs.\n# wandb sweep THIS_FILE\n" + _yaml(sweep)
 
 
-def flags_of(request: Request) -> list[str]:
-    """Return the flags of `train` for the settings that are not at its default."""
+def flags_of(request: Request, *but: str) -> list[str]:
+    """Return the flags of `train` for the settings that are not at its default, but for some."""
     words = []
     for name, value in request.settings.items():
-        if value == TRAINING[name] or name in ("report_to", "save_every"):
+        if name in but or (value == TRAINING[name] and name != "save_every"):  # train's own is another
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else _short(value)]
-    return [*words, "--save-every", str(request.settings["save_every"])]
+    return words
 
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-
-
-def _whole(value: float) -> float | int:
-    return int(value) if value == int(value) else value
 
 
 def _yaml(value: Any) -> str:

@@ -18,18 +18,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
 from rankwise.errors import OutputError, OutputExistsError, RecordError, UsageError
-from rankwise.sweeping.grid import Cell, cell_of
+from rankwise.sweeping.grid import Cell, Grid, cell_of
 from rankwise.sweeping.settings import Request
 
 RECORD: Final = "sweep.json"
 TABLES: Final = ("results.csv", "results.parquet")
 CELL: Final = "cell.json"
 HIDDEN: Final = ".sweep"
+ASHA: Final = "asha.json"
 WORK: Final = "work"
 
 
@@ -63,7 +64,7 @@ def _ours(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def opened(out: Path, *, force: bool) -> Iterator[Path]:
+def opened(out: Path) -> Iterator[Path]:
     """Make the folder and hold it; give the place for cells under way, empty.
 
     The lock goes with the process, however that ends.
@@ -77,9 +78,6 @@ def opened(out: Path, *, force: bool) -> Iterator[Path]:
     try:
         try:
             shutil.rmtree(work, ignore_errors=True)
-            for path in out.iterdir() if force else ():
-                if cell_of(path.name) is not None:
-                    shutil.rmtree(path)
             work.mkdir()
         except OSError as error:
             raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
@@ -87,6 +85,22 @@ def opened(out: Path, *, force: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(work, ignore_errors=True)
         lock.close()
+
+
+def begin_anew(out: Path) -> None:
+    """Delete the cells of a sweep, and first what was made from them.
+
+    Raises:
+        OutputError: they cannot be deleted.
+    """
+    try:
+        for name in (RECORD, *TABLES, f"{HIDDEN}/{ASHA}"):
+            (out / name).unlink(missing_ok=True)
+        for path in sorted(out.iterdir()):
+            if cell_of(path.name) is not None:
+                shutil.rmtree(path)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be emptied: {error.strerror or error}.") from error
 
 
 def _lock(out: Path) -> IO[str]:
@@ -185,13 +199,38 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def ended_early(out: Path, grid: Grid, factor: float | None) -> frozenset[str]:
+    """Return the cells that ASHA, asked the same before, did not want; none where it was asked something else."""
+    try:
+        noted = json.loads((out / HIDDEN / ASHA).read_bytes())
+        return frozenset(noted["not_run"]) if noted["asked"] == _asked(grid, factor) else frozenset()
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+
+
+def put_ended_early(out: Path, grid: Grid, factor: float, not_run: Sequence[str]) -> None:
+    """Note the cells that ASHA did not want, so that the same command again has nothing to do.
+
+    Raises:
+        OutputError: the disk is full, or may not be written to.
+    """
+    noted = {"asked": _asked(grid, factor), "not_run": list(not_run)}
+    put_table(out / HIDDEN / ASHA, json.dumps(noted).encode())
+
+
+def _asked(grid: Grid, factor: float | None) -> dict[str, Any]:
+    lists = (grid.ranks, grid.scaling, grid.learning_rates, grid.seeds)
+    return {"factor": factor, "grid": [list(values) for values in lists]}
+
+
 def put_table(path: Path, content: bytes) -> None:
     """Write a file of bytes beside its place and rename it into it.
 
     Raises:
         OutputError: the disk is full, or may not be written to.
     """
-    part = path.parent / HIDDEN / f"{path.name}.part"
+    hidden = path.parent if path.parent.name == HIDDEN else path.parent / HIDDEN
+    part = hidden / f"{path.name}.part"
     try:
         part.write_bytes(content)
         part.replace(path)

@@ -6,11 +6,13 @@ In: lists of ranks, rules, rates and seeds. Out: cells, each with the name of it
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from numbers import Integral, Real
+from typing import Any, Final
 
 from rankwise.errors import UsageError
 from rankwise.scaling import SCALINGS
@@ -93,21 +95,21 @@ def cell_of(name: str) -> Cell | None:
 
 
 def make_grid(
-    ranks: Sequence[int],
-    scaling: Sequence[str],
-    learning_rates: Sequence[float],
-    seeds: Sequence[int],
+    ranks: Iterable[int],
+    scaling: Iterable[str],
+    learning_rates: Iterable[float],
+    seeds: Iterable[int],
 ) -> Grid:
     """Check the lists and put them in ascending order (rules as given).
 
     Raises:
         UsageError: a list is empty, has a value twice, or one that cannot be.
     """
-    lists: dict[str, Sequence[int | float | str]] = {
-        "--ranks": ranks,
-        "--scaling": scaling,
-        "--learning-rates": learning_rates,
-        "--seeds": seeds,
+    lists: dict[str, tuple[Any, ...]] = {
+        "--ranks": _listed("--ranks", ranks, Integral),
+        "--scaling": _listed("--scaling", scaling, str),
+        "--learning-rates": _listed("--learning-rates", learning_rates, Real),
+        "--seeds": _listed("--seeds", seeds, Integral),
     }
     for flag, values in lists.items():
         if not values:
@@ -115,16 +117,16 @@ def make_grid(
         twice = [value for value, times in Counter(values).items() if times > 1]
         if twice:
             raise UsageError(f"{flag} has {twice[0]} more than once; a cell is run once")
-    for rank in ranks:
+    for rank in lists["--ranks"]:
         if rank < 1:
             raise UsageError(f"--ranks must be 1 or more, got {rank}")
-    for rule in scaling:
+    for rule in lists["--scaling"]:
         if rule not in SCALINGS:
             raise UsageError(f"--scaling: there is no {rule!r}; there are: {', '.join(SCALINGS)}")
-    for rate in learning_rates:
+    for rate in lists["--learning-rates"]:
         if not (math.isfinite(rate) and rate > 0):
             raise UsageError(f"--learning-rates must be finite numbers above 0, got {rate}")
-    for seed in seeds:
+    for seed in lists["--seeds"]:
         if not 0 <= seed < 2**32:  # numpy's and transformers' range
             raise UsageError(f"--seeds must be from 0 to {2**32 - 1}, got {seed}")
     number = math.prod(len(values) for values in lists.values())
@@ -132,10 +134,29 @@ def make_grid(
         raise UsageError(
             f"this grid has {number:,} cells, more than {MOST:,}; run it in parts, each into its own folder"
         )
-    return Grid(tuple(sorted(ranks)), tuple(scaling), tuple(sorted(map(float, learning_rates))), tuple(sorted(seeds)))
+    return Grid(
+        tuple(sorted(lists["--ranks"])),
+        lists["--scaling"],
+        tuple(sorted(lists["--learning-rates"])),
+        tuple(sorted(lists["--seeds"])),
+    )
 
 
-def seeds_of(seeds: int | Sequence[int], first: int) -> tuple[int, ...]:
+def _listed(flag: str, values: Any, kind: Any) -> tuple[Any, ...]:
+    """Return a list, a range or an array as plain numbers or words.
+
+    Raises:
+        UsageError: it is none, or holds something else.
+    """
+    plain: dict[Any, Any] = {Integral: (operator.index, "whole numbers"), Real: (float, "numbers"), str: (str, "words")}
+    to, words = plain[kind]
+    items = [values] if isinstance(values, str) or not hasattr(values, "__iter__") else list(values)
+    if isinstance(values, str) or any(isinstance(item, bool) or not isinstance(item, kind) for item in items):
+        raise UsageError(f"{flag} must be a list of {words}, got {values!r}")
+    return tuple(to(item) for item in items)
+
+
+def seeds_of(seeds: Any, first: int) -> tuple[int, ...]:
     """Return the seeds: a number of them, from the first on, or those listed.
 
     >>> seeds_of(3, 10), seeds_of([7, 1], 0)
@@ -144,8 +165,9 @@ def seeds_of(seeds: int | Sequence[int], first: int) -> tuple[int, ...]:
     Raises:
         UsageError: there would be none.
     """
-    if not isinstance(seeds, int):
-        return tuple(seeds)
-    if not 1 <= seeds <= MOST:
-        raise UsageError(f"--seeds must be 1 or more, got {seeds}")
-    return tuple(range(first, first + seeds))
+    if not isinstance(seeds, Integral) or isinstance(seeds, bool):
+        return _listed("--seeds", seeds, Integral)
+    number = operator.index(seeds)
+    if not 1 <= number <= MOST:
+        raise UsageError(f"--seeds must be 1 or more, got {number}")
+    return tuple(range(first, first + number))

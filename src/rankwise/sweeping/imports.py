@@ -21,7 +21,7 @@ import msgspec
 
 from rankwise.errors import NothingToMeasureError, RecordError
 from rankwise.records import Finding, Status, SweepRecord, SweepRun
-from rankwise.sweeping.running import make_record
+from rankwise.sweeping.recording import make_record
 
 STATUSES: Final[dict[str, Status]] = {"success": "done", "failed": "failed", "canceled": "interrupted"}
 
@@ -78,6 +78,7 @@ def read_method_comparison(path: Path, *, command: Sequence[str] = ()) -> SweepR
     order = sorted((r.row for r in kept), key=lambda r: (r.scaling, r.rank, r.learning_rate, r.seed, r.path))
     record = make_record(
         tuple(order),
+        run_here=False,
         model=str(shared["train"].get("model_id")),
         data="MetaMathQA and GSM8K" if "query_template" in shared["train"] else "method_comparison",
         settings=shared,
@@ -86,12 +87,17 @@ def read_method_comparison(path: Path, *, command: Sequence[str] = ()) -> SweepR
         device=shared["gpu"],
         seconds=0.0,
     )
-    if not skipped:
-        return record
-    more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
-    text = f"{len(skipped)} of {len(paths)} files are not in this record: {'; '.join(skipped[:MOST_NAMED])}{more}."
-    finding = Finding(code="results-left-out", level="info", text=text)
-    return msgspec.structs.replace(record, findings=(*record.findings, finding))
+    noted = list(record.findings)
+    alphas = sorted({(row.scaling, row.rank, row.lora_alpha) for row in order if row.lora_alpha is not None})
+    if len({alpha for _, _, alpha in alphas}) > 1:
+        named = "; ".join(f"rank {rank}, {rule}: {alpha:g}" for rule, rank, alpha in alphas)
+        text = f"Alpha is not the same in all runs, so that ranks differ in it as well: {named}."
+        noted.append(Finding(code="alpha-differs", level="warning", text=text))
+    if skipped:
+        more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
+        text = f"{len(skipped)} of {len(paths)} files are not in this record: {'; '.join(skipped[:MOST_NAMED])}{more}."
+        noted.append(Finding(code="results-left-out", level="info", text=text))
+    return msgspec.structs.replace(record, findings=tuple(noted))
 
 
 def _read(path: Path) -> _Result | str:

@@ -17,34 +17,16 @@ import msgspec
 
 from rankwise import errors
 from rankwise.errors import AllRunsFailedError, RankwiseError, UsageError
-from rankwise.files import write_texts
-from rankwise.records import (
-    DryRunRecord,
-    RunRecord,
-    SweepConfig,
-    SweepDryRunRecord,
-    SweepRecord,
-    SweepRun,
-    now,
-    to_json,
-    version,
-)
-from rankwise.scaling import scaling as factor_of
+from rankwise.records import DryRunRecord, Finding, SweepDryRunRecord, SweepRecord, SweepRun, now, to_json, version
 from rankwise.sweeping import collecting, folder
-from rankwise.sweeping.answers import answer
-from rankwise.sweeping.cells import METRICS, Ended, Refused, Task, look_ahead, metrics_of, train_cell
-from rankwise.sweeping.engine import Engine, Needs
-from rankwise.sweeping.grid import DEFAULT_RANKS, DEFAULT_SCALING, DEFAULT_SEEDS, Cell, Grid, make_grid, seeds_of
-from rankwise.sweeping.sentences import findings, sentences
-from rankwise.sweeping.settings import (
-    GRID,
-    MACHINES,
-    Request,
-    check_cells,
-    default_rates,
-    make_request,
-    read_config,
-)
+from rankwise.sweeping.asking import Asked, settle_sweep
+from rankwise.sweeping.cells import METRICS, Ended, Refused, Task, look_ahead, merit_of, metrics_of, train_cell
+from rankwise.sweeping.engine import Engine, Needs, Outcome
+from rankwise.sweeping.grid import Cell, Grid
+from rankwise.sweeping.halving import Setting, halve
+from rankwise.sweeping.recording import failed_record, make_record, write_tables
+from rankwise.sweeping.sentences import cut
+from rankwise.sweeping.settings import Request
 from rankwise.tuning.runs import RECORD
 
 GIB: Final = 2**30
@@ -77,28 +59,6 @@ class Standing:
 Progress = Callable[[Standing], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Machines:
-    """Where and how many at once."""
-
-    cluster: str | None = None
-    jobs: int | None = None
-    cpus_per_run: float = 1.0
-    gpus_per_run: float | None = None
-    memory_per_run: float | None = None
-    device: str | None = None
-    keep_adapters: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A sweep with no question left open."""
-
-    request: Request
-    grid: Grid
-    machines: Machines
-
-
 @dataclass(slots=True)
 class _Sweep:
     """A sweep under way.
@@ -112,6 +72,7 @@ class _Sweep:
         progress: is told how far it is.
         read: name -> what is known of the cells that are over.
         there: number of cells that were over before.
+        anew: whether the cells in the folder are deleted, once it is known that others can be run.
     """
 
     asked: Asked
@@ -122,6 +83,7 @@ class _Sweep:
     progress: Progress | None = None
     read: dict[str, collecting.Read] = field(default_factory=dict)
     there: int = 0
+    anew: bool = False
 
 
 def sweep(
@@ -142,6 +104,7 @@ def sweep(
     memory_per_run: float | None = None,
     device: str | None = None,
     keep_adapters: bool | None = None,
+    asha: float | None = None,
     force: bool = False,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -167,8 +130,10 @@ def sweep(
         cpus_per_run: CPU cores of a cell, and its threads; default 1.
         gpus_per_run: GPUs of a cell, or a share of one; default 1 where there are any and `device` is not "cpu".
         memory_per_run: GiB of a cell; default: estimated, where it does not run on a GPU.
-        device: as in `train`.
+        device: "cpu" or "cuda": Ray gives each cell its own GPU. Default: cuda when there is one.
         keep_adapters: keep the adapters too, and not the records alone.
+        asha: end the rates that do worse than others of their rule and rank before their last seed, by Ray Tune's ASHA;
+            one in so many goes on. None: all seeds of all rates.
         force: begin anew: delete the cells in the folder.
         command: argv to write into the records.
         progress: called with a `Standing` now and then.
@@ -192,64 +157,15 @@ def sweep(
         "memory_per_run": memory_per_run,
         "device": device,
         "keep_adapters": keep_adapters,
+        "asha": asha,
         **training,
     }
     asked = settle_sweep(model, data, given, seed=seed, config=config)
     told = tuple(command) if command is not None else (f"rankwise.sweep({asked.request.model!r}, ...)",)
-    return run_sweep(_Sweep(asked, Path(fspath(out)), command=told, progress=progress), force=force)
+    return run_sweep(_Sweep(asked, Path(fspath(out)), command=told, progress=progress, anew=force))
 
 
-def settle_sweep(
-    model: Any, data: Any, given: Mapping[str, Any], *, seed: int = 0, config: str | PathLike[str] | None = None
-) -> Asked:
-    """Put arguments over a config file over the defaults, and refuse what cannot be.
-
-    Raises:
-        RankwiseError: anything is wrong with them.
-    """
-    settings: dict[str, Any] = {} if config is None else read_config(Path(fspath(config)))
-    settings |= {name: value for name, value in given.items() if value is not None}
-    asked_model, asked_data = settings.pop("model", None), settings.pop("data", None)
-    model, data = asked_model if model is None else model, asked_data if data is None else data
-    if model is None or data is None:
-        raise UsageError("sweep needs a MODEL and DATA, as arguments or in the config file")
-    grid_given = {name: settings.pop(name, None) for name in GRID}
-    if isinstance(grid_given["scaling"], str):
-        grid_given["scaling"] = (grid_given["scaling"],)
-    machines_given: dict[str, Any] = {name: settings.pop(name) for name in MACHINES if name in settings}
-    request = make_request(model, data, settings)
-    seeds = DEFAULT_SEEDS if grid_given["seeds"] is None else grid_given["seeds"]
-    grid = make_grid(
-        DEFAULT_RANKS if grid_given["ranks"] is None else grid_given["ranks"],
-        DEFAULT_SCALING if grid_given["scaling"] is None else grid_given["scaling"],
-        default_rates(request.model) if grid_given["learning_rates"] is None else grid_given["learning_rates"],
-        seeds_of(seeds, seed),
-    )
-    check_cells(request, grid)
-    return Asked(request, grid, _machines(machines_given))
-
-
-def _machines(given: Mapping[str, Any]) -> Machines:
-    """Check what a cell asks of a machine."""
-    machines = Machines(**given)
-    for flag, value, least in (
-        ("--jobs", machines.jobs, 1),
-        ("--cpus-per-run", machines.cpus_per_run, 0.01),
-        ("--gpus-per-run", machines.gpus_per_run, 0),
-        ("--memory-per-run", machines.memory_per_run, 0.001),
-    ):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value) and value >= least):
-            raise UsageError(f"{flag} must be {least} or more, got {value}")
-    gpus = machines.gpus_per_run
-    if gpus is not None and gpus > 1 and gpus != int(gpus):
-        raise UsageError(f"--gpus-per-run {gpus:g}: a share of one GPU, or a whole number of them")
-    if gpus and machines.device == "cpu":
-        raise UsageError(f"--device cpu and --gpus-per-run {gpus:g} contradict each other")
-    return machines
-
-
-def run_sweep(under_way: _Sweep, *, force: bool = False) -> SweepRecord:
+def run_sweep(under_way: _Sweep) -> SweepRecord:
     """Run what is to do and write the record.
 
     Raises:
@@ -257,17 +173,25 @@ def run_sweep(under_way: _Sweep, *, force: bool = False) -> SweepRecord:
     """
     begun = time.perf_counter()
     out, asked = under_way.out, under_way.asked
-    folder.check_sweep_folder(out, force=force)
-    with folder.opened(out, force=force) as work:
-        under_way.read = read_there(out, asked.request)
-        todo = to_do(asked.grid, {name: read.row for name, read in under_way.read.items()})
+    folder.check_sweep_folder(out, force=under_way.anew)
+    with folder.opened(out) as work:
+        under_way.read = {} if under_way.anew else read_there(out, asked.request)
+        ended = folder.ended_early(out, asked.grid, asked.machines.asha)
+        todo = [
+            cell
+            for cell in to_do(asked.grid, {name: read.row for name, read in under_way.read.items()})
+            if cell.name not in ended
+        ]
         under_way.there = sum(cell.name in under_way.read for cell in asked.grid.cells) - sum(
             cell.name in under_way.read for cell in todo
         )
         _tell(under_way, 1, "starting")
         if todo:
             _run(under_way, todo, work)
+            if asked.machines.asha is not None:
+                folder.put_ended_early(out, asked.grid, asked.machines.asha, _not_wanted(under_way))
         record = record_of(under_way, time.perf_counter() - begun)
+        record = msgspec.structs.replace(record, findings=record.findings + _ended_early(under_way))
         write_tables(out, record)
     if not any(cell.status != "failed" for cell in record.cells):
         first = next((cell.error for cell in record.cells if cell.error), "no reason known")
@@ -306,7 +230,7 @@ def _tell(under_way: _Sweep, at_once: int, note: str = "") -> None:
 
 def _run(under_way: _Sweep, todo: Sequence[Cell], work: Path) -> None:
     """Run cells on Ray and put each into its place as it ends."""
-    asked, machines = under_way.asked, under_way.asked.machines
+    machines = under_way.asked.machines
     gpus = 0.0 if machines.device == "cpu" else machines.gpus_per_run
     memory = None if machines.memory_per_run is None else round(machines.memory_per_run * GIB)
     with Engine(machines.cluster, Needs(machines.cpus_per_run, gpus, memory), machines.jobs) as engine:
@@ -315,24 +239,118 @@ def _run(under_way: _Sweep, todo: Sequence[Cell], work: Path) -> None:
         _tell(under_way, 1, "looking at model and data")
         template = _template(engine.call(under_way.look, tasks[widest.name]))
         _check_data(under_way, template)
+        if under_way.anew:
+            folder.begin_anew(under_way.out)
         if memory is None and not engine.needs.gpus:
             engine.with_memory(round(template.memory.total * SLACK) + LIBRARIES)
         at_once = min(engine.capacity(), len(todo))
         _tell(under_way, at_once)
-        for outcome in engine.map(under_way.work, tasks):
-            cell = tasks[outcome.key].cell
-            ended = (
-                outcome.value if isinstance(outcome.value, Ended) else Ended({}, outcome.error or "nothing came back")
-            )
-            files = ended.files
-            if RECORD not in files:
-                record = failed_record(template, cell, ended.error or "it left no record", under_way.command)
-                files = {**files, RECORD: to_json(record).encode(), METRICS: metrics_of(record)}
-            if ended.trace is not None:
-                files = {**files, "traceback.txt": ended.trace.encode("utf-8", "backslashreplace")}
-            folder.put_cell(under_way.out, cell, files, asked.request)
-            under_way.read[outcome.key] = collecting.read_cell(under_way.out, outcome.key)
+
+        def keep(outcome: Outcome) -> None:
+            _keep(under_way, template, tasks[outcome.key].cell, outcome)
             _tell(under_way, at_once)
+
+        if machines.asha is not None:
+            _halve(under_way, engine, tasks, machines.asha, keep, work)
+            return
+        for outcome in engine.map(under_way.work, tasks):
+            keep(outcome)
+
+
+def _keep(under_way: _Sweep, template: DryRunRecord, cell: Cell, outcome: Outcome) -> None:
+    """Put what a cell came to into its place."""
+    ended = outcome.value if isinstance(outcome.value, Ended) else Ended({}, outcome.error or "nothing came back")
+    files = ended.files
+    if RECORD not in files:
+        record = failed_record(template, cell, ended.error or "it left no record", under_way.command)
+        files = {**files, RECORD: to_json(record).encode(), METRICS: metrics_of(record)}
+    if ended.trace is not None:
+        files = {**files, "traceback.txt": ended.trace.encode("utf-8", "backslashreplace")}
+    folder.put_cell(under_way.out, cell, files, under_way.asked.request)
+    under_way.read[outcome.key] = collecting.read_cell(under_way.out, outcome.key)
+
+
+def _halve(
+    under_way: _Sweep,
+    engine: Engine,
+    tasks: Mapping[str, Task],
+    factor: float,
+    keep: Callable[[Outcome], None],
+    work: Path,
+) -> None:
+    """Run what ASHA asks for: the best rates so far first, then those in the middle of the list."""
+    grid = under_way.asked.grid
+    known = {name: collecting.merit(read.row) for name, read in under_way.read.items() if name not in tasks}
+    middle = (len(grid.learning_rates) - 1) / 2
+
+    def turn(cells: tuple[Cell, ...]) -> tuple[float, float]:
+        scores = [score for cell in cells if (score := known.get(cell.name)) is not None]
+        place = grid.learning_rates.index(cells[0].learning_rate)
+        return (-sum(scores) / len(scores) if scores else math.inf, abs(place - middle))
+
+    settings = sorted(
+        (
+            tuple(Cell(seed, rank, rule, rate) for seed in grid.seeds)
+            for rank in grid.ranks
+            for rule in grid.scaling
+            for rate in grid.learning_rates
+        ),
+        key=turn,
+    )
+    halve(
+        engine,
+        under_way.work,
+        tasks,
+        [
+            Setting(
+                (cells[0].scaling, cells[0].rank), tuple(c.name for c in cells if c.name in known or c.name in tasks)
+            )
+            for cells in settings
+        ],
+        score=merit_of,
+        known=known,
+        factor=factor,
+        keep=keep,
+        folder=work,
+    )
+
+
+def _not_wanted(under_way: _Sweep) -> list[str]:
+    """Return the cells that ASHA ended before; a setting with a failed cell is not over."""
+    failed = {
+        (row.scaling, row.rank, row.learning_rate)
+        for row in (read.row for read in under_way.read.values())
+        if row.status == "failed"
+    }
+    return [
+        cell.name
+        for cell in under_way.asked.grid.cells
+        if cell.name not in under_way.read and (cell.scaling, cell.rank, cell.learning_rate) not in failed
+    ]
+
+
+def _ended_early(under_way: _Sweep) -> tuple[Finding, ...]:
+    """Say which settings ASHA ended."""
+    if under_way.asked.machines.asha is None:
+        return ()
+    grid = under_way.asked.grid
+    ran: dict[tuple[int, str, float], list[SweepRun]] = {}
+    for cell in grid.cells:
+        ran.setdefault((cell.rank, cell.scaling, cell.learning_rate), [])
+        if cell.name in under_way.read:
+            ran[cell.rank, cell.scaling, cell.learning_rate].append(under_way.read[cell.name].row)
+    named = [
+        f"rank {rank}, {rule}, {rate:g} after {len(rows)}"
+        for (rank, rule, rate), rows in ran.items()
+        if len(rows) < len(grid.seeds) and not any(row.status in ("diverged", "interrupted") for row in rows)
+    ]
+    if not named:
+        return ()
+    text = (
+        f"ASHA ended {len(named)} of {len(ran)} settings before the last of {len(grid.seeds)} seeds: {cut(named)}. "
+        "They are not called best, and are compared with nothing."
+    )
+    return (Finding(code="settings-ended-early", level="info", text=text),)
 
 
 def _tasks(under_way: _Sweep, todo: Sequence[Cell], threads: int, work: Path) -> Iterator[tuple[str, Task]]:
@@ -375,48 +393,6 @@ def _check_data(under_way: _Sweep, template: DryRunRecord) -> None:
             )
 
 
-def failed_record(template: DryRunRecord, cell: Cell, error: str, command: tuple[str, ...]) -> RunRecord:
-    """Return the record of a run that left none of its own."""
-    c = template.config
-    alpha = c.lora_alpha
-    groups = tuple(
-        msgspec.structs.replace(
-            group,
-            r=cell.rank,
-            scaling=factor_of(cell.scaling, alpha, cell.rank),
-            params=group.params * cell.rank // c.rank,  # rank times (in + out), module by module
-        )
-        for group in c.groups
-    )
-    config = msgspec.structs.replace(
-        c, rank=cell.rank, scaling=cell.scaling, learning_rate=cell.learning_rate, groups=groups
-    )
-    return RunRecord(
-        format=RunRecord.FORMAT,
-        rankwise=version(),
-        created=now(),
-        command=command,
-        device=template.device,
-        seed=cell.seed,
-        config=config,
-        status="failed",
-        params=template.params * cell.rank // c.rank,
-        steps=0,
-        tokens=None,
-        loss=None,
-        recall=None,
-        forgetting=None,
-        forgetting_detail=None,
-        seconds=None,
-        peak_memory_bytes=None,
-        tokens_per_second=None,
-        losses=(),
-        health=(),
-        findings=(),
-        error=error,
-    )
-
-
 def record_of(under_way: _Sweep, seconds: float) -> SweepRecord:
     """Return the record of all cells in the folder, those of earlier calls included."""
     order = sorted(under_way.read.values(), key=lambda r: (r.row.scaling, r.row.rank, r.row.learning_rate, r.row.seed))
@@ -435,60 +411,6 @@ def record_of(under_way: _Sweep, seconds: float) -> SweepRecord:
     )
 
 
-def make_record(
-    cells: tuple[SweepRun, ...],
-    *,
-    model: str,
-    data: str,
-    settings: dict[str, Any],
-    digest: str,
-    command: tuple[str, ...],
-    device: str,
-    seconds: float,
-) -> SweepRecord:
-    """Return the record of runs, with all that they say."""
-    found = answer(cells)
-    return SweepRecord(
-        format=SweepRecord.FORMAT,
-        rankwise=version(),
-        created=now(),
-        command=command,
-        device=device,
-        seed=min((cell.seed for cell in cells), default=None),
-        config=SweepConfig(
-            model=model,
-            data=data,
-            ranks=tuple(sorted({cell.rank for cell in cells})),
-            scaling=tuple(sorted({cell.scaling for cell in cells})),
-            learning_rates=tuple(sorted({cell.learning_rate for cell in cells})),
-            seeds=tuple(sorted({cell.seed for cell in cells})),
-            score=found.score,
-            settings=settings,
-            digest=digest,
-        ),
-        runs=tuple(cell.path for cell in cells),
-        best=found.best,
-        cells=cells,
-        points=found.points,
-        rank_effects=found.effects,
-        exponents=found.exponents,
-        answers=sentences(found),
-        findings=findings(found, cells),
-        seconds=seconds,
-    )
-
-
-def write_tables(out: Path, record: SweepRecord) -> None:
-    """Write the record and the tables of its cells into the folder, over those of earlier calls."""
-    csv, parquet = folder.TABLES
-    write_texts({out / folder.RECORD: to_json(record), out / csv: collecting.as_csv(record.cells)}, force=True)
-    content = collecting.as_parquet(record.cells)
-    if content is not None:
-        folder.put_table(out / parquet, content)
-    else:
-        (out / parquet).unlink(missing_ok=True)  # of an earlier call, with other rows
-
-
 def dry_sweep(asked: Asked, out: Path | None, *, command: Sequence[str] = ()) -> SweepDryRunRecord:
     """Say what a sweep would be, in this process and without Ray. Nothing is written.
 
@@ -501,6 +423,7 @@ def dry_sweep(asked: Asked, out: Path | None, *, command: Sequence[str] = ()) ->
         folder.check_sweep_folder(out, force=False)
         rows = {name: read.row for name, read in read_there(out, request).items()}
     todo = to_do(grid, rows)
+    left = set(todo)
     widest = max(grid.cells, key=lambda cell: cell.rank)
     template = _template(look_ahead(Task(request, widest, device=asked.machines.device)))
     per_rank = {rank: template.params * rank // template.config.rank for rank in grid.ranks}
@@ -516,7 +439,7 @@ def dry_sweep(asked: Asked, out: Path | None, *, command: Sequence[str] = ()) ->
         model=request.model,
         data=request.data,
         cells=tuple(cell.name for cell in grid.cells),
-        there=tuple(cell.name for cell in grid.cells if cell not in set(todo)),
+        there=tuple(cell.name for cell in grid.cells if cell not in left),
         settings=request.settings,
         params_by_rank={str(rank): params for rank, params in per_rank.items()},
         base_params=template.base_params,

@@ -26,12 +26,14 @@ def number(value: float | None, by: Score | None = None, *, sign: bool = False) 
 
     >>> number(1234.5), number(0.00123), number(0.5, "exact_share"), number(-0.5, sign=True)
     ('1,234', '0.00123', '50.0%', '-0.5')
+    >>> number(-0.005, "exact_share", sign=True)  # a difference of shares
+    '-0.5 points'
     """
     if value is None:
         return "unknown"
     plus = "+" if sign else ""
     if by == "exact_share":
-        return f"{value:{plus}.1%}"
+        return f"{100 * value:+.1f} points" if sign else f"{value:.1%}"
     return f"{value:{plus},.0f}" if abs(value) >= 1000 else f"{value:{plus}.3g}"
 
 
@@ -81,9 +83,8 @@ def _rank_sentence(rule: str, effects: Sequence[RankEffect], best: Sequence[Swee
         f"{spread(widest.difference, by, sign=True)}"
     )
     if edges:
-        told += (
-            f"; the best rate of rank {_list(edges)} lies on the grid's edge, so that this may change with more rates"
-        )
+        which = "the best rate of rank {} lies" if len(edges) == 1 else "the best rates of ranks {} lie"
+        told += f"; {which.format(_list(edges))} on the grid's edge, so that this may change with more rates"
     at_one: dict[str, list[float]] = {}
     for effect in effects:
         if effect.at == "rate" and (effect.low_rank, effect.high_rank) == (widest.low_rank, widest.high_rank):
@@ -140,7 +141,7 @@ def _front_sentence(answers: Answers) -> list[str]:
     """Answer: what does recall cost in forgetting?"""
     front = sorted((p for p in answers.points if p.on_front), key=lambda p: p.forgetting.mean or 0.0)
     placed = [p for p in answers.points if p.eligible and p.score.mean is not None and p.forgetting.mean is not None]
-    if not front:
+    if len(placed) < 2:
         return []
     named = [
         f"{_setting(p)}: {spread(p.score, answers.score)}, forgetting {spread(p.forgetting, sign=True)}"
@@ -162,35 +163,38 @@ def _list(values: Sequence[float]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def findings(answers: Answers, cells: Sequence[SweepRun]) -> tuple[Finding, ...]:
-    """Return what a reader must know before believing the answers."""
+def findings(answers: Answers, cells: Sequence[SweepRun], *, run_here: bool = True) -> tuple[Finding, ...]:
+    """Return what a reader must know before believing the answers, and what to do where the runs are ours."""
     found = []
     edges = [b for b in answers.best if b.on_edge]
     if edges:
         named = [f"rank {b.rank}, {b.scaling}: {b.learning_rate:g} ({b.edge})" for b in edges]
-        text = (
-            f"The best learning rate lies on the edge of the grid for {_cut(named)}. A better one may lie outside: run "
-            "the same sweep into the same folder with more --learning-rates; what is there is not run again."
+        text = f"The best learning rate lies on the edge of the grid for {cut(named)}. A better one may lie outside" + (
+            ": run the same sweep into the same folder with more --learning-rates; what is there is not run again."
+            if run_here
+            else "."
         )
         found.append(Finding(code="best-rate-on-edge", level="warning", text=text))
     for status, code, meaning in (
         ("diverged", "runs-diverged", "They are in no mean, and their rate is not called best."),
-        ("failed", "runs-failed", "They are in no mean; the same command runs them again."),
+        ("failed", "runs-failed", "They are in no mean" + ("; the same command runs them again." if run_here else ".")),
         ("interrupted", "runs-stopped", "They were stopped before their end and are in no mean."),
     ):
         those = [cell for cell in cells if cell.status == status]
         if those:
             named = [f"rank {c.rank}, {c.scaling}, {c.learning_rate:g}, seed {c.seed}" for c in those]
             why = f" The first: {those[0].error}." if status == "failed" and those[0].error else ""
-            text = f"{len(those)} of {len(cells)} runs {status}: {_cut(named)}.{why} {meaning}"
+            text = f"{len(those)} of {len(cells)} runs {status}: {cut(named)}.{why} {meaning}"
             found.append(Finding(code=code, level="warning", text=text))
     seeds = max((point.done for point in answers.points), default=0)
     if seeds == 1:
-        text = "There is one seed: no interval, and nothing can be told apart. Run the same sweep with --seeds 3."
+        text = "There is one seed: no interval, and nothing can be told apart."
+        text += " Run the same sweep with --seeds 3." if run_here else ""
         found.append(Finding(code="one-seed", level="warning", text=text))
     return tuple(found)
 
 
-def _cut(words: Sequence[str]) -> str:
+def cut(words: Sequence[str]) -> str:
+    """Name a few, and count the rest."""
     more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
     return "; ".join(words[:MOST_NAMED]) + more

@@ -8,11 +8,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Final
+from types import NoneType
+from typing import Any, Final, get_args, get_type_hints
+
+import msgspec
 
 from rankwise.errors import ConfigError, UsageError
 from rankwise.sweeping.grid import Cell, Grid
@@ -23,7 +27,16 @@ GRID: Final = ("ranks", "scaling", "learning_rates", "seeds")
 OF_THE_CELL: Final = ("rank", "scaling", "learning_rate", "seed", "plan")
 """Options of `train` that the grid sets, or that contradict it."""
 
-MACHINES: Final = ("jobs", "cpus_per_run", "gpus_per_run", "memory_per_run", "cluster", "device", "keep_adapters")
+MACHINES: Final = (
+    "jobs",
+    "cpus_per_run",
+    "gpus_per_run",
+    "memory_per_run",
+    "cluster",
+    "device",
+    "keep_adapters",
+    "asha",
+)
 
 TRAINING: Final[dict[str, Any]] = {
     **{f.name: None if f.default is MISSING else f.default for f in fields(Options) if f.name not in OF_THE_CELL},
@@ -35,6 +48,30 @@ TRAINING: Final[dict[str, Any]] = {
     "save_every": 0,  # a cell that is cut off is run again from its beginning
 }
 """Flag of `train` that all cells share -> its default."""
+
+KINDS: Final[dict[str, Any]] = {
+    **{name: kind for name, kind in get_type_hints(Options).items() if name not in OF_THE_CELL},
+    "recall": bool,
+    "forgetting_data": str | None,
+    "monitor_every": int | None,
+    "stop_when_unstable": int | None,
+    "report_to": tuple[str, ...],
+    "save_every": int,
+    "jobs": int | None,
+    "cpus_per_run": float,
+    "gpus_per_run": float | None,
+    "memory_per_run": float | None,
+    "cluster": str | None,
+    "device": str | None,
+    "keep_adapters": bool,
+    "asha": float | None,
+}
+"""Setting -> what its value must be."""
+
+PATTERN: Final = frozenset("\\^$*+?()[]|")
+"""Characters of a regular expression that no name of a module has."""
+
+WORDS: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "words"}
 
 WITHOUT_EFFECT: Final = ("monitor_every", "report_to", "save_every")
 """Of these, the ones that change nothing in the adapter or in what is measured of it."""
@@ -81,20 +118,34 @@ def make_request(model: Any, data: Any, training: Mapping[str, Any]) -> Request:
                 f"the {what} of a sweep is loaded in other processes: give a folder, a file or a name, not a "
                 f"{type(thing).__name__}; save it first"
             )
-    settings = TRAINING | {name: value for name, value in training.items() if value is not None}
+    settings = TRAINING | {name: of_kind(name, value) for name, value in training.items() if value is not None}
     if settings["forgetting_data"] is not None:
         settings["forgetting_data"] = _in_full(settings["forgetting_data"])
+    return Request(_in_full(model), _in_full(data), json.loads(json.dumps(settings)))
+
+
+def of_kind(name: str, value: Any) -> Any:
+    """Return a setting's value as what it must be: one way to write one value, or 2 and 2.0 would be two sweeps.
+
+    >>> of_kind("epochs", 2), of_kind("steps", 100.0), of_kind("target_modules", ["q_proj"])
+    (2.0, 100, ('q_proj',))
+
+    Raises:
+        UsageError: it is something else.
+    """
+    kinds = get_args(KINDS[name]) if NoneType in get_args(KINDS[name]) else (KINDS[name],)
+    plain = fspath(value) if isinstance(value, PathLike) else value
+    plain = plain.item() if hasattr(plain, "item") and not isinstance(plain, list | tuple) else plain  # of numpy
+    plain = tuple(plain) if isinstance(plain, list) else plain
+    if int in kinds and isinstance(plain, float) and plain.is_integer():
+        plain = int(plain)
     try:
-        plain = json.loads(json.dumps(settings, default=_plain))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"a setting is no number, word or list of words: {error}") from error
-    return Request(_in_full(model), _in_full(data), plain)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PathLike):
-        return fspath(value)
-    raise TypeError(f"{value!r}")
+        return msgspec.convert(plain, type=KINDS[name])
+    except msgspec.ValidationError:
+        wanted = " or ".join(
+            words for kind, words in WORDS.items() if any(kind in (k, getattr(k, "__origin__", k)) for k in kinds)
+        )
+        raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, got {value!r}") from None
 
 
 def _in_full(name: Any) -> str:
@@ -121,11 +172,7 @@ def default_rates(model: str) -> tuple[float, ...]:
 
 
 def options_of_cell(request: Request, cell: Cell) -> Options:
-    """Return the options of one cell.
-
-    Raises:
-        UsageError: a value is of the wrong type.
-    """
+    """Return the options of one cell."""
     given = {name: request.settings[name] for name in TRAINING if name in Options.__dataclass_fields__}
     if isinstance(given["target_modules"], list):
         given["target_modules"] = tuple(given["target_modules"])
@@ -138,13 +185,9 @@ def check_cells(request: Request, grid: Grid) -> None:
     Raises:
         UsageError: a value is out of its range, or contradicts another.
     """
-    extras = (request.settings[name] for name in ("save_every", "monitor_every", "stop_when_unstable"))
-    try:
-        check_extras(*extras)
-        for cell in Grid(grid.ranks, grid.scaling, grid.learning_rates, grid.seeds[:1]).cells:
-            settle(options_of_cell(request, cell), request.model)
-    except TypeError as error:  # "steps: many" in a config file
-        raise UsageError(f"a setting has a value of the wrong type: {error}") from error
+    check_extras(*(request.settings[name] for name in ("save_every", "monitor_every", "stop_when_unstable")))
+    for cell in Grid(grid.ranks, grid.scaling, grid.learning_rates, grid.seeds[:1]).cells:
+        settle(options_of_cell(request, cell), request.model)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -156,7 +199,9 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(text)
+        root = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -165,6 +210,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} must hold names and values, such as `ranks: [4, 16]`; it holds {type(found).__name__}"
         )
+    for name, times in Counter(str(key.value) for key, _ in root.value).items():
+        if times > 1:  # YAML forbids that, and PyYAML takes the last
+            raise ConfigError(f"{path} has {name} twice")
     config: dict[str, Any] = {}
     for key, value in found.items():
         name = str(key).replace("-", "_")
@@ -172,7 +220,8 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: " + _unknown(name, "there is no setting", [*GRID, *TRAINING, *MACHINES]))
         if name in config:
             raise ConfigError(f"{path} has {name} twice")
-        config[name] = _typed(path, name, value)
+        if value is not None:
+            config[name] = _typed(path, name, value)
     return config
 
 
@@ -181,26 +230,38 @@ def _typed(path: Path, name: str, value: Any) -> Any:
 
     YAML 1.1 takes `1e-3` for a word (it wants `1.0e-3`); here it is the number that was meant.
     """
+    if name in ("model", "data"):
+        return value
     if name in GRID or name in ("report_to", "target_modules"):
-        wanted: Any = {"ranks": int, "seeds": int, "learning_rates": float}.get(name, str)
-        if name == "seeds" and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if name == "target_modules" and isinstance(value, str):
-            return value
-        items = value.replace(",", " ").split() if isinstance(value, str) else value
-        items = items if isinstance(items, list) else [items]
-        try:
-            if any(isinstance(item, bool) or (wanted is int and int(item) != float(item)) for item in items):
-                raise ValueError
-            return tuple(wanted(item) for item in items)
-        except (TypeError, ValueError):
-            raise ConfigError(f"{path}: {name} must be a list of {_words(wanted)}, got {value!r}") from None
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        return _listed(path, name, value)
+    number = isinstance(value, str) and not {str, bool} & {KINDS[name], *get_args(KINDS[name])}
+    try:
+        return of_kind(name, _number(value) if number else value)
+    except UsageError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _number(word: str) -> float | str:
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def _listed(path: Path, name: str, value: Any) -> Any:
+    wanted: Any = {"ranks": int, "seeds": int, "learning_rates": float}.get(name, str)
+    if name == "target_modules" and isinstance(value, str) and (value == "all-linear" or set(value) & PATTERN):
+        return value
+    items = value.replace(",", " ").split() if isinstance(value, str) else value
+    items = items if isinstance(items, list) else [items]
+    try:
+        if any(isinstance(item, bool) or (wanted is int and int(item) != float(item)) for item in items):
+            raise ValueError
+        found = tuple(wanted(item) for item in items)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{path}: {name} must be a list of {_words(wanted)}, got {value!r}") from None
+    # as with the flag, one number says how many
+    return found[0] if name == "seeds" and len(found) == 1 and not isinstance(value, list) else found
 
 
 def _words(kind: Any) -> str:

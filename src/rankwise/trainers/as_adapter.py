@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rankwise.errors import CannotCarryError, OutputError, OutputExistsError, UsageError
-from rankwise.planning.modules import STACKED, TABLE
+from rankwise.planning.modules import TABLE
 from rankwise.records import PlanRecord
-from rankwise.trainers.fitting import architecture_of, completed, plan_modules
+from rankwise.trainers.fitting import architecture_of, completed, plan_modules, stacked
 from rankwise.trainers.model import GPT2_LAYER, Asked, Job
 from rankwise.trainers.peft import FILE, config_of
 from rankwise.trainers.readback import compare_adapter
-from rankwise.trainers.real_peft import Architecture
+from rankwise.trainers.real_peft import Architecture, installed, load_architecture, peft_tensors
 
 TENSORS: Final = "adapter_model.safetensors"
 
@@ -51,7 +51,7 @@ def write_untrained(
 
     Raises:
         UsageError: the plan contradicts itself or does not go with the model, or the seed is below 0.
-        CannotCarryError: a module is no linear layer.
+        CannotCarryError: a module is no linear layer, or a stack of experts that PEFT cannot be asked about.
         OutputExistsError, OutputError: the folder is taken, or cannot be written.
     """
     if seed < 0:
@@ -59,24 +59,53 @@ def write_untrained(
     check_out(out, force=force)
     architecture = architecture_of(model, [])
     modules, idle = plan_modules(plan)
-    _check_single(modules)
-    modules, idle, _ = completed(modules, idle, (), architecture, [])
-    for asked in modules:
+    modules, idle, idle_stacks = completed(*stacked(modules, idle), architecture, [])
+    layers = [m for m in modules if not m.experts]
+    for asked in layers:
         _check_linear(asked, architecture)
-    conv1d = [_is_conv1d(m.module, architecture) for m in modules]
-    names = tuple(m.module for m in modules)
-    job = Job(modules, idle, plan.rule, plan.learning_rate, 0.0, names, conv1d=all(conv1d), model=model)
+    conv1d = [_is_conv1d(m.module, architecture) for m in layers]
+    names = tuple(m.module for m in layers)
+    turned = bool(layers) and all(conv1d)
+    job = Job(
+        modules, idle, plan.rule, plan.learning_rate, 0.0, names, conv1d=turned, model=model, idle_stacks=idle_stacks
+    )
     config = config_of(job)
-    _write(out, modules, config, np.random.default_rng(seed))
+    shapes = _layer_shapes(layers) | _stack_shapes(job, config)
+    _write(out, modules, config, shapes, np.random.default_rng(seed))
 
 
-def _check_single(modules: Sequence[Asked]) -> None:
-    for asked in modules:
-        if STACKED.fullmatch(asked.module):
-            raise CannotCarryError(
-                f"{asked.module} is one expert of a stacked parameter, for which no untrained adapter is written. "
-                "Export to peft, axolotl, unsloth or trl, which start from the base; or leave it out (--skip)."
-            )
+def _layer_shapes(layers: Sequence[Asked]) -> dict[str, tuple[int, ...]]:
+    """Return PEFT's tensors of linear layers: name -> shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for m in layers:
+        shapes[f"base_model.model.{m.module}.lora_A.weight"] = (m.r, m.shape[1])
+        shapes[f"base_model.model.{m.module}.lora_B.weight"] = (m.shape[0], m.r)
+    return shapes
+
+
+def _stack_shapes(job: Job, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return PEFT's tensors of stacked parameters: PEFT is asked, as how it nests and turns them is its own affair.
+
+    Raises:
+        CannotCarryError: there are some, and PEFT or the model is not there to be asked.
+    """
+    if not job.stacks:
+        return {}
+    first = job.stacks[0].module
+    if job.conv1d:
+        raise CannotCarryError(
+            f"PEFT takes no layers that store their weight transposed (Conv1D, {job.layers[0].module}) together with "
+            f"stacks of experts ({first}). Leave one kind out of the plan (--skip)."
+        )
+    known = job.model is not None and (Path(job.model) / "config.json").is_file()
+    if job.model is None or not known or not installed("torch", "transformers", "peft"):
+        raise CannotCarryError(
+            f"{first} is a stack of experts, whose tensors PEFT nests and turns by the model. Give --model, a local "
+            "folder with the base's config.json, with the extra `train` installed; or leave it out (--skip)."
+        )
+    asked = peft_tensors(load_architecture(Path(job.model)).model, config, FILE)
+    layers = {f"base_model.model.{m.module}." for m in job.layers}
+    return {name: shape for name, shape in asked.items() if not any(name.startswith(stem) for stem in layers)}
 
 
 def _check_linear(asked: Asked, architecture: Architecture | None) -> None:
@@ -129,7 +158,13 @@ def check_out(out: Path, *, force: bool) -> None:
         raise OutputError(f"{out} cannot be written: no permission to write into {parent}.")
 
 
-def _write(out: Path, modules: Sequence[Asked], config: dict[str, Any], rng: np.random.Generator) -> None:
+def _write(
+    out: Path,
+    modules: Sequence[Asked],
+    config: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    rng: np.random.Generator,
+) -> None:
     """Write the folder beside its place, compare it with the plan, and rename it."""
     target = out.resolve()
     try:
@@ -137,7 +172,7 @@ def _write(out: Path, modules: Sequence[Asked], config: dict[str, Any], rng: np.
             place = Path(name) / "whole"
             place.mkdir()
             (place / FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            save_file(_tensors(modules, rng), place / TENSORS, metadata={"format": "pt"})
+            save_file(_tensors(shapes, rng), place / TENSORS, metadata={"format": "pt"})
             mask = os.umask(0)
             os.umask(mask)
             for path in place.iterdir():
@@ -159,17 +194,19 @@ def _write(out: Path, modules: Sequence[Asked], config: dict[str, Any], rng: np.
         raise OutputError(f"{out} cannot be written: {words}. Nothing was written.") from error
 
 
-def _tensors(modules: Sequence[Asked], rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
+def _tensors(shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
     """Return PEFT's tensors: A uniform within 1 / sqrt(in_features), B zero.
 
-    That is kaiming_uniform(a = sqrt(5)): a bound of sqrt(6 / ((1 + 5) * in_features)), whatever the rank.
+    That is kaiming_uniform(a = sqrt(5)): a bound of sqrt(6 / ((1 + 5) * in_features)), whatever the rank; for the
+    stacked A of experts too, of which each row reads in_features inputs.
     """
     tensors: dict[str, np.ndarray[Any, Any]] = {}
-    for m in modules:
-        out_features, in_features = m.shape
-        a = rng.random((m.r, in_features), dtype=np.float32)
+    for name, shape in shapes.items():
+        if name.endswith(".lora_B.weight"):
+            tensors[name] = np.zeros(shape, dtype=np.float32)
+            continue
+        a = rng.random(shape, dtype=np.float32)
         a -= np.float32(0.5)
-        a *= np.float32(2.0 / math.sqrt(in_features))
-        tensors[f"base_model.model.{m.module}.lora_A.weight"] = a  # (r, in_features)
-        tensors[f"base_model.model.{m.module}.lora_B.weight"] = np.zeros((out_features, m.r), dtype=np.float32)
+        a *= np.float32(2.0 / math.sqrt(shape[1]))
+        tensors[name] = a  # (r, in_features), or (experts * r, in_features)
     return tensors

@@ -111,7 +111,7 @@ def export(
     exact = not chosen.whole_alpha and trainer != "trl"  # the YAML of `trl sft` takes whole alphas
     exported = compare(job, readings, exact=exact)
     notes += written.notes
-    if job.stacks:
+    if job.stacks and adapter is None:
         notes.append(
             f"Stacked parameters of experts: {len(job.stacks)}, in target_parameters (PEFT 0.17 or later). Each expert "
             "gets the rank that stands there; PEFT takes no lora_dropout but 0 with them, and "
@@ -140,14 +140,16 @@ def _others(modules: Sequence[Asked], idle: Sequence[str], names: Sequence[str])
 
 
 def _check_stacks(trainer: Trainer, modules: Sequence[Asked], adapter: str | None) -> None:
-    """Refuse experts for a trainer without `target_parameters`, and for an adapter folder, which is written without."""
+    """Refuse experts for a trainer without `target_parameters`; what starts from a folder needs no key for them."""
     stack = next((m for m in modules if m.experts), None)
-    if stack is None or (trainer.stacks and adapter is None):
+    if stack is None or trainer.stacks or (adapter is not None and trainer.from_adapter):
         return
-    what = f"{trainer.title} takes no" if not trainer.stacks else "An untrained adapter is not written for"
+    ways = "Export to peft, axolotl, unsloth or trl; or leave the experts out of the plan (--skip)."
+    if trainer.from_adapter:
+        ways = f"Give --as-adapter FOLDER --model BASE, which {trainer.title} starts from. {ways}"
     raise CannotCarryError(
-        f"{what} stacked parameters of experts, and the plan has {stack.module} ({stack.experts} experts). Export to "
-        "peft, axolotl, unsloth or trl without --as-adapter; or leave the experts out of the plan (--skip)."
+        f"{trainer.title} takes no stacked parameters of experts, and the plan has {stack.module} ({stack.experts} "
+        f"experts). {ways}"
     )
 
 

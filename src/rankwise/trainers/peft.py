@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from rankwise.trainers.model import AdapterReading, Job, PeftReading, Reading, Trainer, Written
@@ -16,6 +17,9 @@ from rankwise.trainers.text import NO_RATE, comment, read_constant, read_json
 
 FILE: Final = "adapter_config.json"
 START: Final = "start_from_adapter.py"
+
+_CAUSAL: Final = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names that transformers gives to causal language models."""
 
 _START = '''
 from peft import PeftModel
@@ -31,7 +35,7 @@ def config_of(job: Job) -> dict[str, Any]:
     """Return adapter_config.json: the plan, and PEFT's own defaults where it is silent."""
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_of(job.model),
         "base_model_name_or_path": job.model,
         **peft_fields(job),
         "fan_in_fan_out": job.conv1d,
@@ -41,6 +45,23 @@ def config_of(job: Job) -> dict[str, Any]:
         "modules_to_save": None,
         "inference_mode": False,
     }
+
+
+def task_of(model: str | None) -> str | None:
+    """Return PEFT's task type: CAUSAL_LM, and None where the model's config.json names another kind of model.
+
+    PEFT takes hold of what a causal language model generates with, and stops at models that have no such thing.
+
+    >>> task_of(None)
+    'CAUSAL_LM'
+    """
+    try:
+        held = json.loads((Path(model or "") / "config.json").read_bytes()) if model else {}
+    except (OSError, ValueError):
+        held = {}
+    names = held.get("architectures") if isinstance(held, dict) else None
+    name = names[0] if isinstance(names, list) and names else None
+    return None if isinstance(name, str) and not name.endswith(_CAUSAL) else "CAUSAL_LM"
 
 
 def write(job: Job) -> Written:

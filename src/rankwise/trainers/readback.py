@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,24 @@ def compare_adapter(modules: Sequence[Asked], folder: Path) -> None:
         if not isinstance(adapter, Adapter):
             raise ReadBackError(f"{folder} is no adapter")
         found = {m.module: m for m in adapter.modules}
+    modules = [one for m in modules for one in _one_by_one(m)]
     planned = {m.module: m for m in modules}
     extra = next((name for name in found if name not in planned), None)
     given = {
         name: Given(m.r, m.lora_alpha or math.nan, m.scaling)
         for name, m in found.items()
-        if m.scaling is not None and (name not in planned or m.shape == planned[name].shape)
+        if m.scaling is not None and (name not in planned or _fits(planned[name], m.shape))
     }
     judge(modules, {name: given.get(name) for name in planned}, extra, str(folder), SAME)
+
+
+def _one_by_one(asked: Asked) -> list[Asked]:
+    """Return the experts of a stacked parameter, as adapters are read; or the module itself."""
+    if not asked.experts:
+        return [asked]
+    return [replace(asked, module=f"{asked.module}[{index}]") for index in range(asked.experts)]
+
+
+def _fits(asked: Asked, shape: Sequence[int]) -> bool:
+    """Compare shapes; models store their experts in either orientation."""
+    return tuple(shape) == asked.shape or (asked.experts > 0 and tuple(shape) == asked.shape[::-1])

@@ -127,23 +127,42 @@ def ask_peft(model: Any, config: Mapping[str, Any], file: str) -> dict[str, tupl
     Raises:
         ReadBackError: PEFT refuses the config.
     """
-    from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
     def own_name(path: str, layer: Any) -> str:
         parameter = getattr(layer, "parameter_name", None)  # of ParamWrapper, which PEFT has since 0.17
         return path if parameter is None else f"{re.sub(r'([.]base_layer)+$', '', path)}.{parameter}"
 
-    # the kind of task adds wrappers that a bare tree of modules does not go with, and changes no layer
-    fields = {key: value for key, value in config.items() if key not in ("peft_type", "task_type")}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = get_peft_model(model, LoraConfig(**fields), low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ReadBackError(f"{file}: PEFT refuses the config that was written: {str(error)[:500]}") from error
+    made = _put_on(model, config, file)
     return {
         own_name(name, layer): (layer.r["default"], layer.scaling["default"])
         for name, layer in made.base_model.model.named_modules()
         if isinstance(layer, LoraLayer) and "default" in layer.r
     }
+
+
+def peft_tensors(model: Any, config: Mapping[str, Any], file: str) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor that PEFT would save, in its order. The model is changed.
+
+    Raises:
+        ReadBackError: PEFT refuses the config.
+    """
+    from peft import get_peft_model_state_dict
+
+    made = _put_on(model, config, file)
+    held = get_peft_model_state_dict(made, save_embedding_layers=False)
+    return {name: tuple(int(side) for side in tensor.shape) for name, tensor in held.items()}
+
+
+def _put_on(model: Any, config: Mapping[str, Any], file: str) -> Any:
+    """Return the model with the adapters of a config, on the device of the model."""
+    from peft import LoraConfig, get_peft_model
+
+    # the kind of task adds wrappers that a bare tree of modules does not go with, and changes no layer
+    fields = {key: value for key, value in config.items() if key not in ("peft_type", "task_type")}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_peft_model(model, LoraConfig(**fields), low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ReadBackError(f"{file}: PEFT refuses the config that was written: {str(error)[:500]}") from error

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from rankwise.records import DryRunRecord, Memory
 from rankwise.tuning import attach
-from rankwise.tuning.training import Job, borrowed, head_of, options_of, prepare, quiet
+from rankwise.tuning.borrowing import borrowed, quiet
+from rankwise.tuning.preparing import Job, head_of, options_of, prepare
 
 log = logging.getLogger(__name__)
 

@@ -48,6 +48,11 @@ class Texts:
         """Return the number of tokens to measure on."""
         return sum(len(ids) for ids, _ in self.fit)
 
+    @property
+    def largest(self) -> int:
+        """Return the largest token id."""
+        return max(max(ids) for ids, _ in (*self.fit, *self.held_out))
+
 
 def read_texts(data: object, loaded: Any, *, samples: int) -> Texts:
     """Read texts, and hold every fifth of them out.
@@ -186,31 +191,30 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(was)
 
 
-def loss_of(model: Any, texts: Texts) -> float:
-    """Return the mean loss of the held-out texts, nats a token that counts."""
+def losses_of(model: Any, texts: Texts) -> Array:
+    """Return the loss of each token of the held-out texts that counts, nats, float64 in their order."""
     import torch
 
-    total, count = 0.0, 0
+    found = []
     with torch.no_grad(), _evaluating(model):
         device = next(model.parameters()).device
         for ids, labels in texts.held_out:
             logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, :-1].float()
             wanted = torch.tensor(labels[1:], device=device)
-            counted = int((wanted != IGNORED).sum())
-            if counted:
-                total += float(torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum"))
-                count += counted
-    return total / count if count else float("nan")
+            counted = wanted != IGNORED
+            losses = torch.nn.functional.cross_entropy(logits[counted], wanted[counted], reduction="none")
+            found.append(losses.double().cpu().numpy())
+    return np.concatenate(found)
 
 
-def loss_with(model: Any, adapter: str, texts: Texts) -> float:
-    """Return the loss of a base with an adapter; the base comes back as it was."""
+def losses_with(model: Any, adapter: str, texts: Texts) -> Array:
+    """Return the losses of a base with an adapter; the base comes back as it was."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a head that is tied: it has its own factors
         adapted = PeftModel.from_pretrained(model, adapter)
     try:
-        return loss_of(adapted, texts)
+        return losses_of(adapted, texts)
     finally:
         adapted.unload()

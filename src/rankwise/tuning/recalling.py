@@ -17,7 +17,8 @@ from typing import Any
 from rankwise.errors import MalformedFileError, NothingToMeasureError, UsageError, WrongKindError
 from rankwise.records import RecallRecord, now, version
 from rankwise.tuning import scoring
-from rankwise.tuning.training import borrowed, make_keepsake
+from rankwise.tuning.baselines import make_keepsake
+from rankwise.tuning.borrowing import borrowed
 from rankwise.tuning.world.builtin import is_builtin, read_builtin
 
 Progress = Callable[[str, int, int], None]

@@ -5,81 +5,30 @@ In: a model, data and settings. Out: an ordinary PEFT adapter folder, and a run/
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
-import math
 import os
-import random
-import resource
-import sys
 import time
-import warnings
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from rankwise.errors import MissingDependencyError, UsageError
-from rankwise.records import (
-    Finding,
-    GroupHealth,
-    LossPoint,
-    RunConfig,
-    RunRecord,
-    Status,
-    now,
-    version,
-)
+from rankwise.errors import UsageError
+from rankwise.records import Finding, RunConfig, RunRecord, Status
 from rankwise.tuning import attach, runs, scoring
+from rankwise.tuning.baselines import base_loss, make_keepsake, make_quiz
+from rankwise.tuning.borrowing import borrowed, quiet, seeded
 from rankwise.tuning.divergence import DivergenceWatch
-from rankwise.tuning.encoding import IGNORED
-from rankwise.tuning.options import DEFAULT_LENGTH, OPTIMIZERS, Options, Settings, settle
-from rankwise.tuning.world.builtin import BuiltIn, is_builtin, read_builtin
-
-log = logging.getLogger(__name__)
+from rankwise.tuning.options import settle
+from rankwise.tuning.preparing import Job, head_of, options_of, prepare
+from rankwise.tuning.run_record import collected, record_of
+from rankwise.tuning.trl_trainer import Extras, build_trainer
+from rankwise.tuning.watching import WatchCallback
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, number done, number in all)."""
 
-POINTS: Final = 50
-"""Points of the loss curve."""
-
-CHECKPOINTS: Final = 5
-"""Checkpoints of a run, where --save-every does not say otherwise."""
-
-BASE_ROWS: Final = 256
-"""Rows on which the loss of the untuned model is taken, to hold divergence against."""
-
-PLAIN: Final = "rankwise:plain"
-"""Text that `rankwise:tiny` must not forget."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A run, ready to be started: all that can be wrong with the input has been refused.
-
-    Attributes:
-        loaded: the base model and its tokenizer.
-        builtin: the built-in data set, or None for a user's data.
-        examples: the data.
-        columns: `input_ids` and `labels`.
-        settings: options without gaps.
-        laid: the adapter of every module.
-        config: for the record.
-        findings: traps.
-    """
-
-    loaded: Any
-    builtin: BuiltIn | None
-    examples: Any
-    columns: dict[str, list[list[int]]]
-    settings: Settings
-    laid: dict[str, attach.Lora]
-    config: RunConfig
-    findings: tuple[Finding, ...]
+Answers = dict[str, tuple[scoring.Answer, ...]]
+"""Kind of question -> what a model made of each."""
 
 
 def train(
@@ -180,32 +129,16 @@ def train(
     check_extras(save_every, monitor_every, stop_when_unstable)
     runs.check_run(out_path, force=force, resume=resume)
     _check_alone(device)
-    with _seeded(seed):
+    with seeded(seed):
         job = prepare(model, data, options, tokenizer=tokenizer, device=device)
         if resume:
             runs.check_same(out_path, job.config, seed)
         if announce is not None:
             announce(job.config, job.findings)
         head = head_of(command, model, job, seed)
-        return _Run(job, out_path, head, progress).run(
-            report_to=tuple(report_to),
-            save_every=save_every,
-            resume=resume,
-            recall=recall,
-            forgetting_data=forgetting_data,
-            monitor_every=monitor_every,
-            stop_when_unstable=stop_when_unstable,
-        )
-
-
-def options_of(given: dict[str, Any]) -> Options:
-    """Return the options among the arguments of `train` or `dry_run`."""
-    named = {name: given[name] for name in Options.__dataclass_fields__}
-    if named["plan"] is not None:
-        named["plan"] = fspath(named["plan"])
-    if named["target_modules"] is not None and not isinstance(named["target_modules"], str):
-        named["target_modules"] = tuple(named["target_modules"])
-    return Options(**named)
+        extras = Extras(tuple(report_to), save_every, monitor_every, stop_when_unstable)
+        run = _Run(job, out_path, head, progress)
+        return run.run(extras, resume=resume, recall=recall, forgetting_data=forgetting_data)
 
 
 def check_extras(save_every: int | None, monitor_every: int | None, stop_when_unstable: int | None) -> None:
@@ -238,313 +171,53 @@ def _check_alone(device: str | None) -> None:
         )
 
 
-def _base_loss(model: Any, job: Job) -> float | None:
-    """Return the loss of the untuned model on a sample of the data, nats per trained token.
-
-    None where the trained tokens of some row are not all at its end.
-    """
-    rows = list(zip(job.columns["input_ids"], job.columns["labels"], strict=True))
-    rows = random.Random(0).sample(rows, min(len(rows), BASE_ROWS))
-    items = []
-    for ids, labels in rows:
-        start = max(1, next((k for k, label in enumerate(labels) if label != IGNORED), len(labels)))
-        if start >= len(ids):
-            continue
-        if IGNORED in labels[start:]:
-            return None
-        items.append(scoring.Item(tuple(ids), start))
-    found = scoring.answers(model, items)
-    tokens = sum(answer.tokens for answer in found)
-    loss = sum(answer.loss for answer in found) / tokens if tokens else math.nan
-    return loss if math.isfinite(loss) else None
-
-
-@contextlib.contextmanager
-def borrowed(model: Any) -> Iterator[Any]:
-    """Lend a model to be adapted, and put back what peft, trl and the trainer change on it."""
-    config, forward = model.config, model.__dict__.get("forward")
-    kept = {name: getattr(config, name, None) for name in ("use_cache", "pad_token_id")}
-    training, wanted = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
-    embeddings = model.get_input_embeddings()
-    hooks = set(embeddings._forward_hooks)
-    with quiet():
-        checkpointed = bool(model.is_gradient_checkpointing)
-    try:
-        yield model
-    finally:
-        unload(model)
-        with quiet():
-            if not checkpointed and model.is_gradient_checkpointing:
-                model.gradient_checkpointing_disable()
-        for key in set(embeddings._forward_hooks) - hooks:  # those that make inputs require gradients
-            del embeddings._forward_hooks[key]
-        for name, p in model.named_parameters():
-            p.requires_grad_(wanted.get(name, p.requires_grad))
-        for name, value in kept.items():
-            setattr(config, name, value)
-        if forward is None:
-            model.__dict__.pop("forward", None)
-        model.train(training)
-
-
-def unload(model: Any) -> None:
-    """Take every adapter layer out of a model, whether PEFT had finished putting them in or not."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        model.__dict__.pop(name, None)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch, numpy and random for the run and put their states back: a library must not leave them changed."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "train", "training") from error
-    import numpy as np
-
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        transformers.set_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def prepare(model: Any, data: Any, options: Options, *, tokenizer: Any = None, device: str | None = None) -> Job:
-    """Load model and data and settle every open question; see `train` for the arguments.
-
-    Raises:
-        RankwiseError: anything is wrong with them.
-    """
-    from rankwise.tuning.data import builtin_examples, check_examples, read_data
-    from rankwise.tuning.encoding import encode
-    from rankwise.tuning.models import load_model
-    from rankwise.tuning.targets import matching_modules
-
-    settings = settle(options, model)
-    builtin = read_builtin(data) if is_builtin(data) else None
-    examples = read_data(data) if builtin is None else builtin_examples(builtin)
-    loaded = load_model(model, device=device, tokenizer=tokenizer)
-    length = _length(options, loaded.context)
-    check_examples(examples, loaded.tokenizer, length)
-    planned = settings.planned
-    wanted = [m.module for m in planned.modules if m.r > 0] if planned else settings.target_modules
-    names = matching_modules(loaded.model, wanted if isinstance(wanted, str) else list(wanted))
-    laid = attach.lay_out(settings, _shapes(loaded.model, names))
-    columns = encode(examples, loaded.tokenizer, length)
-    config = _config(model, settings, laid, loaded, examples, columns, length)
-    return Job(loaded, builtin, examples, columns, settings, laid, config, attach.traps(settings, laid))
-
-
-def _length(options: Options, context: int | None) -> int:
-    if options.max_length is not None and context is not None and options.max_length > context:
-        raise UsageError(f"--max-length {options.max_length} is past the model's context of {context} tokens")
-    return options.max_length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
-
-
-def _shapes(model: Any, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return (out_features, in_features) of the modules; Conv1D keeps its weight the other way round."""
-    shapes = {}
-    for name in names:
-        module = model.get_submodule(name)
-        if hasattr(module, "out_features"):
-            shapes[name] = (int(module.out_features), int(module.in_features))
-        else:
-            rows, columns = module.weight.shape
-            shapes[name] = (int(columns), int(rows))
-    return shapes
-
-
-def _config(
-    model: Any,
-    settings: Settings,
-    laid: dict[str, attach.Lora],
-    loaded: Any,
-    examples: Any,
-    columns: dict[str, list[list[int]]],
-    length: int,
-) -> RunConfig:
-    o = settings.options
-    rows = len(columns["input_ids"])
-    if o.packing:  # as many rows as the tokens fill
-        rows = math.ceil(sum(map(len, columns["input_ids"])) / length)
-    per_epoch = math.ceil(rows / o.batch_size)
-    steps = o.steps or max(1, math.ceil(settings.epochs * per_epoch))
-    return RunConfig(
-        model=_name(model),
-        data=examples.name,
-        data_digest=_digest(columns),
-        preset=o.preset,
-        rank=settings.rank,
-        lora_alpha=settings.lora_alpha,
-        scaling=settings.scaling,
-        plan=o.plan,
-        target_modules=tuple(laid),
-        init=o.init,
-        lora_dropout=o.lora_dropout,
-        optimizer=_optimizer(o.optimizer),
-        learning_rate=settings.learning_rate,
-        schedule=_schedule(o.schedule),
-        warmup_steps=round(o.warmup * steps),
-        weight_decay=o.weight_decay,
-        max_grad_norm=o.max_grad_norm,
-        steps=steps,
-        batch_size=o.batch_size,
-        gradient_accumulation=o.gradient_accumulation,
-        max_length=length,
-        packing=o.packing,
-        bf16=_bf16(o.bf16, loaded.model),
-        gradient_checkpointing=o.gradient_checkpointing,
-        groups=attach.group_scales(laid),
-    )
-
-
-def _digest(columns: dict[str, list[list[int]]]) -> str:
-    """Return what tells data apart that have the same name."""
-    told = hashlib.sha256()
-    for rows in columns.values():
-        for row in rows:
-            told.update(array("q", [len(row), *row]).tobytes())
-    return told.hexdigest()[:16]
-
-
-def _name(thing: Any) -> str:
-    if isinstance(thing, str | PathLike):
-        return fspath(thing)
-    return f"{type(thing).__name__} in memory"
-
-
-def _optimizer(word: str) -> str:
-    from transformers.training_args import OptimizerNames
-
-    names = [name.value for name in OptimizerNames]
-    if OPTIMIZERS.get(word, word) not in names:
-        raise UsageError(f"--optimizer: there is no {word!r}; there are {', '.join(OPTIMIZERS)} and {', '.join(names)}")
-    return OPTIMIZERS.get(word, word)
-
-
-def _schedule(word: str) -> str:
-    from transformers import SchedulerType
-
-    names = [name.value for name in SchedulerType]
-    if word not in names:
-        raise UsageError(f"--schedule: there is no {word!r}; there are: {', '.join(names)}")
-    return word
-
-
-def _bf16(asked: bool | None, model: Any) -> bool:
-    import torch
-
-    device = next(model.parameters()).device
-    can = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return can if asked is None else asked
-
-
-def head_of(command: Sequence[str] | None, model: Any, job: Job, seed: int) -> dict[str, Any]:
-    """Return what a record of this job begins with."""
-    call = f"rankwise.train({_name(model)!r}, {job.examples.name!r}, ...)"
-    return {
-        "rankwise": version(),
-        "created": now(),
-        "command": tuple(command) if command is not None else (call,),
-        "device": str(next(job.loaded.model.parameters()).device),
-        "seed": seed,
-    }
-
-
-def _record(head: dict[str, Any], job: Job, *, status: Status, error: str | None = None, **found: Any) -> RunRecord:
-    """Make the record of a run; what is not known yet is None."""
-    empty: dict[str, Any] = {
-        "steps": 0,
-        "tokens": None,
-        "loss": None,
-        "recall": None,
-        "forgetting": None,
-        "forgetting_detail": None,
-        "seconds": None,
-        "peak_memory_bytes": None,
-        "tokens_per_second": None,
-        "losses": (),
-        "health": (),
-        "findings": job.findings,
-    }
-    params = sum(lora.params for lora in job.laid.values())
-    return RunRecord(
-        **head, format=RunRecord.FORMAT, config=job.config, status=status, params=params, error=error, **empty | found
-    )
-
-
 class _Run:
     """One training run under way."""
 
     def __init__(self, job: Job, out: Path, head: dict[str, Any], progress: Progress | None) -> None:
         self.job, self.out, self.head, self.progress = job, out, head, progress
         self.watch = DivergenceWatch(job.config.steps)
+        self.watching = WatchCallback(self.watch, progress)
         self.found: dict[str, Any] = {}
-        self.watching: Any = None
 
-    def run(
-        self,
-        *,
-        report_to: tuple[str, ...],
-        save_every: int | None,
-        resume: bool,
-        recall: bool,
-        forgetting_data: str | None,
-        monitor_every: int | None,
-        stop_when_unstable: int | None,
-    ) -> RunRecord:
+    def run(self, extras: Extras, *, resume: bool, recall: bool, forgetting_data: str | None) -> RunRecord:
         """Measure the base, train, measure again."""
         from peft import get_peft_model
 
-        job = self.job
+        job, seed = self.job, self.head["seed"]
         with borrowed(job.loaded.model) as model:
-            self._say("measuring the base", 0, job.config.steps)
-            quiz = self._quiz() if recall else None
+            self._say("measuring the base", 0)
+            quiz = make_quiz(job, seed=seed) if recall else None
             base = None if quiz is None else scoring.take(model, quiz)
-            kept = self._keepsake(forgetting_data)
-            self.watch.base_loss = _base_loss(model, job)
+            kept = make_keepsake(
+                job.loaded, forgetting_data, model=job.config.model, length=job.config.max_length, seed=seed
+            )
+            self.watch.base_loss = base_loss(model, job)
             with quiet():
                 tuned = get_peft_model(model, attach.lora_config(job.settings, job.laid))
             attach.check_attached(tuned, job.laid)
-            trainer, callback = self._trainer(tuned, report_to, save_every, monitor_every, stop_when_unstable)
+            trainer, monitor = build_trainer(tuned, job, self.out, extras=extras, watching=self.watching, seed=seed)
             if not resume:
-                runs.begin_run(self.out, _record(self.head, job, status="interrupted", error="not finished"))
-            status, error = self._train(trainer, callback, tuned, resume)
+                runs.begin_run(self.out, record_of(self.head, job, status="interrupted", error="not finished"))
+            status, error = self._train(trainer, monitor, tuned, resume=resume)
             runs.save_adapter(self.out, tuned)
             try:
-                self._say("measuring what was learnt", job.config.steps, job.config.steps)
-                if quiz is not None and base is not None:
-                    params = sum(lora.params for lora in job.laid.values())
-                    self.found["recall"] = scoring.recall_of(quiz, base, scoring.take(tuned, quiz), params=params)
-                lost = None if kept is None else scoring.forgetting_of(tuned, kept)
-                rise = None if lost is None or lost.tuned_loss is None else lost.tuned_loss - lost.base_loss
-                self.found |= {"forgetting": rise, "forgetting_detail": lost}
+                self._measure(tuned, quiz, base, kept)
             except BaseException as problem:  # what was trained is safe and on record; what was measured is not
                 told = f"{error + '; ' if error else ''}measuring was cut short: {type(problem).__name__}: {problem}"
-                runs.save_record(self.out, _record(self.head, job, status=status, error=told, **self.found))
+                self._save(status, told)
                 raise
-            record = _record(self.head, job, status=status, error=error, **self.found)
-            runs.save_record(self.out, record)
+            record = self._save(status, error)
             if status == "done":
                 runs.clean(self.out)
             return record
 
-    def _train(self, trainer: Any, callback: Any, tuned: Any, resume: bool) -> tuple[Status, str | None]:
+    def _train(self, trainer: Any, monitor: Any, tuned: Any, *, resume: bool) -> tuple[Status, str | None]:
         """Train; return how it ended, with all figures of the training collected and on record."""
         status: Status = "done"
         error = None
         try:
-            self._fit(trainer, resume)
+            self._fit(trainer, resume=resume)
             if self.watch.reason is not None:
                 status, error = "diverged", self.watch.reason
                 self.watch.restore(tuned)
@@ -552,125 +225,18 @@ class _Run:
                 status, error = "interrupted", f"stopped at step {trainer.state.global_step}: called unstable too often"
         except BaseException as problem:
             by_hand = isinstance(problem, KeyboardInterrupt)
-            self._collect(trainer, callback)
+            self._collect(trainer, monitor)
             status = "interrupted" if by_hand else "failed"
             error = "interrupted from outside" if by_hand else f"{type(problem).__name__}: {problem}"
-            runs.save_record(self.out, _record(self.head, self.job, status=status, error=error, **self.found))
+            self._save(status, error)
             raise
-        self._collect(trainer, callback)
+        self._collect(trainer, monitor)
         if status == "diverged":
             self.found["steps"] = self.watch.good_step
-        runs.save_record(self.out, _record(self.head, self.job, status=status, error=error, **self.found))
+        self._save(status, error)
         return status, error
 
-    def _say(self, what: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(what, done, total)
-
-    def _quiz(self) -> scoring.Quiz:
-        job = self.job
-        if job.builtin is not None and job.builtin.questions:
-            return scoring.quiz_of(job.builtin, job.loaded.tokenizer)
-        return scoring.quiz_of_examples(
-            job.examples, job.loaded.tokenizer, job.config.max_length, seed=self.head["seed"]
-        )
-
-    def _keepsake(self, data: str | None) -> scoring.Keepsake | None:
-        job = self.job
-        return make_keepsake(
-            job.loaded, data, model=job.config.model, length=job.config.max_length, seed=self.head["seed"]
-        )
-
-    def _trainer(
-        self,
-        model: Any,
-        report_to: tuple[str, ...],
-        save_every: int | None,
-        monitor_every: int | None,
-        stop_when_unstable: int | None,
-    ) -> tuple[Any, Any]:
-        """Build TRL's trainer around the model."""
-        import datasets
-        from transformers import PrinterCallback, ProgressCallback, Trainer
-        from transformers.integrations import get_available_reporting_integrations
-        from trl import SFTConfig, SFTTrainer
-
-        from rankwise.tuning.health import MonitorConfig
-        from rankwise.tuning.watching import WatchCallback
-
-        c = self.job.config
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        every = max(1, c.steps // CHECKPOINTS) if save_every is None else save_every
-        try:
-            with quiet():
-                args = self._arguments(SFTConfig, report_to, every, on_cpu)
-                Trainer.get_optimizer_cls_and_kwargs(args, model)
-        except (ValueError, ImportError, RuntimeError) as error:
-            raise UsageError(f"these settings cannot be used here: {' '.join(str(error).split())[:400]}") from error
-        known = set(get_available_reporting_integrations())
-        missing = [word for word in report_to if word not in {*known, "all", "none"}]
-        if missing:
-            there = ", ".join(sorted(known)) or "none"
-            raise UsageError(f"--report-to {missing[0]}: no such reporter, or it is not installed; there are: {there}")
-        callback = None
-        self.watching = WatchCallback(self.watch, self.progress)
-        extra: list[Any] = [self.watching]
-        if monitor_every != 0:
-            from rankwise.tuning.callback import RankMonitorCallback
-
-            config = MonitorConfig() if monitor_every is None else MonitorConfig(interval=monitor_every)
-            callback = RankMonitorCallback(config=config, jsonl=self.out / runs.HEALTH, stop_after=stop_when_unstable)
-            extra.append(callback)
-        with quiet():
-            trainer = SFTTrainer(
-                model=model,
-                args=args,
-                train_dataset=datasets.Dataset.from_dict(self.job.columns),
-                processing_class=self.job.loaded.tokenizer,
-                callbacks=extra,
-            )
-        setattr(trainer, "create_model_card", lambda *_, **__: None)  # noqa: B010 - no README beside every checkpoint
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        if callback is not None:
-            callback.attach(trainer)
-        return trainer, callback
-
-    def _arguments(self, config: Any, report_to: tuple[str, ...], every: int, on_cpu: bool) -> Any:
-        """Say in TRL's words what the config says in ours."""
-        c = self.job.config
-        return config(
-            output_dir=str(self.out),
-            max_steps=c.steps,
-            per_device_train_batch_size=c.batch_size // c.gradient_accumulation,
-            gradient_accumulation_steps=c.gradient_accumulation,
-            learning_rate=c.learning_rate,
-            lr_scheduler_type=c.schedule,
-            warmup_steps=c.warmup_steps,
-            weight_decay=c.weight_decay,
-            max_grad_norm=c.max_grad_norm,
-            optim=c.optimizer,
-            logging_steps=max(1, c.steps // POINTS),
-            logging_first_step=True,
-            logging_nan_inf_filter=False,  # a loss that is no number must not be averaged away
-            save_strategy="steps" if every else "no",
-            save_steps=every or 500,
-            save_total_limit=2,
-            seed=self.head["seed"],
-            data_seed=self.head["seed"],
-            report_to=list(report_to) or "none",
-            bf16=c.bf16,
-            gradient_checkpointing=c.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if c.gradient_checkpointing else None,
-            use_cpu=on_cpu,
-            dataloader_pin_memory=not on_cpu,
-            max_length=c.max_length,
-            packing=c.packing,
-            dataset_kwargs=None if c.packing else {"skip_prepare_dataset": True},
-            disable_tqdm=True,
-        )
-
-    def _fit(self, trainer: Any, resume: bool) -> None:
+    def _fit(self, trainer: Any, *, resume: bool) -> None:
         last = runs.last_checkpoint(self.out) if resume else None
         begun = time.perf_counter()
         try:
@@ -679,145 +245,33 @@ class _Run:
         finally:
             self.found["seconds"] = time.perf_counter() - begun
 
-    def _collect(self, trainer: Any, callback: Any) -> None:
-        """Take out of the trainer what belongs into the record."""
-        history = trainer.state.log_history
-        losses = tuple(
-            LossPoint(step=row["step"], loss=_finite(row["loss"]), learning_rate=_finite(row.get("learning_rate")))
-            for row in history
-            if "loss" in row
+    def _collect(self, trainer: Any, monitor: Any) -> None:
+        self.found |= collected(
+            trainer,
+            self.job,
+            () if monitor is None else monitor.observations,
+            begun_at=self.watching.started_at,
+            seconds=self.found.get("seconds"),
         )
-        tokens = _tokens(history)
-        before = _tokens([row for row in history if row["step"] <= self.watching.started_at]) or 0
-        lived = tokens - before if tokens else None
-        seconds = self.found.get("seconds")
-        health = () if callback is None else tuple(map(_health, callback.observations))
-        self.found |= {
-            "steps": trainer.state.global_step,
-            "tokens": tokens,
-            "loss": losses[-1].loss if losses else None,
-            "losses": losses,
-            "health": health,
-            "peak_memory_bytes": peak_memory(next(trainer.model.parameters()).device),
-            "tokens_per_second": lived / seconds if lived and seconds else None,
-            "findings": (*self.job.findings, *_warnings(health)),
-        }
 
+    def _measure(
+        self, tuned: Any, quiz: scoring.Quiz | None, base: Answers | None, kept: scoring.Keepsake | None
+    ) -> None:
+        """Find what was learnt and forgotten, beside what the base made of the same questions and texts."""
+        self._say("measuring what was learnt", self.job.config.steps)
+        if quiz is not None and base is not None:
+            params = sum(lora.params for lora in self.job.laid.values())
+            self.found["recall"] = scoring.recall_of(quiz, base, scoring.take(tuned, quiz), params=params)
+        lost = None if kept is None else scoring.forgetting_of(tuned, kept)
+        rise = None if lost is None or lost.tuned_loss is None else lost.tuned_loss - lost.base_loss
+        self.found |= {"forgetting": rise, "forgetting_detail": lost}
 
-def make_keepsake(loaded: Any, data: str | None, *, model: str, length: int, seed: int) -> scoring.Keepsake | None:
-    """Take text that must not be forgotten and score the base on it.
+    def _save(self, status: Status, error: str | None) -> RunRecord:
+        """Write what is known by now over the record."""
+        record = record_of(self.head, self.job, status=status, error=error, **self.found)
+        runs.save_record(self.out, record)
+        return record
 
-    Args:
-        loaded: the model and its tokenizer.
-        data: DATA of texts; None for the built-in text of `rankwise:tiny`, else for text sampled from the base.
-        model: the model's name.
-        length: tokens a text is cut at.
-        seed: of the sampling.
-    """
-    from rankwise.tuning.data import read_data
-
-    name = data if data is not None else PLAIN if model == "rankwise:tiny" else None
-    texts: Sequence[str] | None = None
-    if name is not None:
-        if is_builtin(name):
-            builtin = read_builtin(name)
-            name = builtin.name
-            rows: Sequence[dict[str, Any]] = builtin.rows
-        else:
-            rows = read_data(name).rows
-        if len(rows) > scoring.MOST_EXAMPLES:
-            rows = random.Random(seed).sample(list(rows), scoring.MOST_EXAMPLES)
-        texts = [_text(row, loaded.tokenizer) for row in rows]
-    return scoring.keepsake(
-        loaded.model,
-        loaded.tokenizer,
-        name if name is not None else "sampled from the base",
-        texts,
-        seed=seed,
-        length=length,
-    )
-
-
-def _text(row: dict[str, Any], tokenizer: Any) -> str:
-    if "messages" in row:
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-    return str(row["text"] if "text" in row else row["prompt"] + row["completion"])
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers, datasets and trl from writing on our terminal; errors still come."""
-    import datasets
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            # the words of transformers 5.0 to 5.x; some have another name in 6
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _tokens(history: Sequence[dict[str, Any]]) -> int | None:
-    """Return the tokens seen, from a count that starts again when a run is resumed."""
-    total, last = 0, 0
-    for row in history:
-        if "num_tokens" in row:
-            count = int(row["num_tokens"])
-            if count < last:
-                total += last
-            last = count
-    return total + last or None
-
-
-def _health(row: Mapping[str, Any]) -> GroupHealth:
-    return GroupHealth(**{name: row[name] for name in GroupHealth.__struct_fields__})
-
-
-def _warnings(health: Sequence[GroupHealth]) -> tuple[Finding, ...]:
-    """Say once what the monitor last saw of each status that is not ok."""
-    found = []
-    for status, code in (("starved", "starved-adapter"), ("unstable", "unstable-adapter")):
-        seen = [row for row in health if row.status == status]
-        groups = sorted({row.group for row in seen if row.group != "all"})
-        if seen:
-            text = (
-                f"The monitor called the adapter {status} at steps {seen[0].step} to {seen[-1].step} "
-                f"({', '.join(groups) or 'all modules'}). "
-            ) + WORDS[status]
-            found.append(Finding(code=code, level="warning", text=text))
-    return tuple(found)
-
-
-WORDS: Final = {
-    "starved": (
-        "The branch hardly moves what the frozen layers put out. A larger scale or a higher learning rate would tell "
-        "whether there was more to learn."
-    ),
-    "unstable": "The steps are large beside what was learnt. A smaller learning rate or scale would tell.",
-}
-
-
-def peak_memory(device: Any) -> int:
-    """Return the most bytes held so far: resident in this process, or allocated on its GPU."""
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    with contextlib.suppress(OSError, ValueError, IndexError):  # ru_maxrss of a child starts at its parent's peak
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    def _say(self, what: str, done: int) -> None:
+        if self.progress is not None:
+            self.progress(what, done, self.job.config.steps)

@@ -13,7 +13,7 @@ pytest.importorskip("peft", reason="peft comes with the train extra")
 
 from rankwise.tuning.encoding import IGNORED
 from rankwise.tuning.models import load_model
-from rankwise.tuning.probing import gradients
+from rankwise.tuning.probing import gradients, passes
 from rankwise.tuning.probing.gradients import pulls
 from rankwise.tuning.probing.passes import TokenRow
 from rankwise.tuning.targets import target_modules
@@ -77,9 +77,12 @@ def test_rows_that_are_equal_pull_the_same_way(subject: Any, shapes: Any) -> Non
 
 
 def test_batches_do_not_matter(subject: Any, shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = pulls(subject, shapes, ROWS, seed=0)
-    monkeypatch.setattr(gradients, "MOST_TOKENS", 1)
-    for one, other in zip(together, pulls(subject, shapes, ROWS, seed=0), strict=True):
+    said: list[int] = []
+    together = pulls(subject, shapes, ROWS, seed=0, said=said.append)
+    monkeypatch.setattr(passes, "MOST_TOKENS", 1)
+    apart = pulls(subject, shapes, ROWS, seed=0, said=said.append)
+    assert said == [7, 1, 2, 3, 4, 5, 6, 7], "all rows at once, then one after another"
+    for one, other in zip(together, apart, strict=True):
         assert one.energy == pytest.approx(other.energy, rel=1e-4)
         assert one.coherence == pytest.approx(other.coherence, rel=1e-4)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from rankwise.scaling import scaling
 from rankwise.tuning.probing.capacity import LORA_MOST, OWN, capacity_of, densities, published
 from rankwise.tuning.probing.rates import RatePoint
 from rankwise.tuning.probing.recommending import Evidence, job_of, recommend, start_of
@@ -97,12 +99,14 @@ def test_a_clear_ramp_decides_style() -> None:
     assert (made.rule, made.modules[0].r) == ("lora", 8)
 
 
-def test_a_wide_interval_asks_for_a_higher_rank() -> None:
-    made, decided, sweep = plan(evidence(3e3, exposures=9.0))
-    assert not decided
-    rank = made.modules[0].r
-    assert made.params == rank * 768
-    assert sweep[-1].rank >= rank
+def test_facts_that_do_not_decide_ask_for_a_higher_rank_also_where_the_floor_set_it() -> None:
+    for bits, exposures in ((300.0, 9.0), (10.0, 21.0)):
+        made, decided, sweep = plan(evidence(bits, exposures=exposures))
+        assert not decided
+        rank = made.modules[0].r
+        assert made.params == rank * 768
+        assert sweep[-1].rank == min(4 * rank, 128) > rank
+        assert sweep[-1].learning_rate == sweep[0].learning_rate
 
 
 def test_the_users_rule_and_alpha_stay() -> None:
@@ -111,3 +115,63 @@ def test_the_users_rule_and_alpha_stay() -> None:
     made, _, _ = recommend(start, SHAPES, found, HEAD, ("data", "model"))
     assert (made.rule, made.modules[0].lora_alpha) == ("lora", 32.0)
     assert made.modules[0].scaling == pytest.approx(32.0 / made.modules[0].r)
+
+
+def test_a_module_too_small_for_the_rank_gets_what_it_has_room_for_at_the_same_scale() -> None:
+    """A router of one output must not decide for the others, and must not be louder than they are."""
+    shapes = SHAPES | {"layers.0.gate": (2, 128)}
+    found = evidence(300.0)
+    for rule in ("lora", "rslora", "unscaled"):
+        start = start_of("facts", found.capacity, shapes, scaling=rule, lora_alpha=None)
+        assert start.rank == 8
+        made, _, _ = recommend(start, shapes, found, HEAD, ("data", "model"))
+        assert [m.r for m in made.modules] == [8, 8, 2]
+        assert made.params == 8 * 768 + 2 * 130
+        for module in made.modules:
+            assert module.scaling == pytest.approx(scaling(rule, module.lora_alpha, module.r))
+            assert module.scaling == made.scale == pytest.approx(scaling(rule, 16.0, 8))
+        assert "1 of 3 are smaller than that" in made.why
+    assert "are smaller" not in plan(found)[0].why
+
+
+def test_where_more_rank_would_be_wanted_than_there_is_the_reason_says_so() -> None:
+    assert "would be more than 128, which is the most that these modules can have" in plan(evidence(1e7))[0].why
+    wide = {"layers.0.up_proj": (4096, 1024)}
+    capacity = capacity_of(1e9, 60, tuple(wide.values()))
+    found = Evidence(1e9, 3e9, 100, "facts", False, capacity, (), False, 20.0)
+    start = start_of("facts", capacity, wide, scaling=None, lora_alpha=None)
+    made, decided, sweep = recommend(start, wide, found, HEAD, ("data", "model"))
+    assert made.modules[0].r == 256
+    assert "would be more than 256, which is the most that is recommended" in made.why
+    assert not decided
+    assert sweep[-1].rank == 1024
+    assert "would be more" not in plan(evidence(1e3))[0].why
+
+
+def test_the_reason_of_each_choice_is_given() -> None:
+    why = plan(evidence(300.0))[0].why
+    for words in (
+        "Rank 8: 300 bits need",
+        "no less than 8",
+        "Rule rslora, alpha 16",
+        "Learning rate 0.0002: a usual",
+    ):
+        assert words in why
+    nothing, decided, sweep = plan(evidence(0.0, "nothing"))
+    assert decided
+    assert sweep == ()
+    assert "there is nothing to store" in nothing.why
+
+
+def test_the_rate_is_a_third_of_the_one_with_the_lowest_smoothed_loss() -> None:
+    """The lowest raw loss is a batch's luck."""
+    points = [(1e-4, 5.0, 5.0), (1e-3, 1.0, 3.0), (3e-3, 2.5, 2.5), (1e-2, 9.0, 4.0)]
+    made, _, _ = plan(evidence(1e3, ramp=tuple(RatePoint(*point) for point in points)))
+    assert made.learning_rate == pytest.approx(1e-3)
+    assert "5 at the start, 2.5 there, 4 at 0.01" in made.why
+
+
+def test_on_the_built_in_model_the_usual_rate_is_its_own() -> None:
+    found = evidence(1e3)
+    assert plan(found)[0].learning_rate == 2e-4
+    assert plan(replace(found, tiny=True))[0].learning_rate == 3e-3

@@ -206,8 +206,26 @@ def test_what_makes_no_sense_is_refused(
 
 
 def test_a_base_whose_loss_is_no_number_is_refused(pico: Path) -> None:
+    """Weights that are numbers, and a loss that is none: logits past float32."""
     loaded = load_model(str(pico), device="cpu")
     with torch.no_grad():
-        loaded.model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(NothingToMeasureError, match="its loss is no number"):
+        loaded.model.model.norm.weight.fill_(3e38)
+    with pytest.raises(NothingToMeasureError, match=r"its loss is no number\. Look at the data, or load the model"):
         rankwise.check(loaded.model, ROWS, tokenizer=loaded.tokenizer, **SMALL)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_weight_that_is_no_number_is_named(pico: Path, value: str) -> None:
+    """Not left to the loss: fused attention makes zeros of a query that is NaN."""
+    loaded = load_model(str(pico), device="cpu")
+    with torch.no_grad():
+        loaded.model.model.layers[0].self_attn.q_proj.weight[3, 5] = float(value)
+    said = r"LlamaForCausalLM in memory: model\.layers\.0\.self_attn\.q_proj\.weight holds NaN or infinity"
+    with pytest.raises(NothingToMeasureError, match=said):
+        rankwise.check(loaded.model, ROWS, tokenizer=loaded.tokenizer, **SMALL)
+
+
+def test_ranks_that_no_weight_has_room_for_are_refused_before_memory_is_asked_for(pico: Path) -> None:
+    with pytest.raises(UsageError, match=r"1000000 is above the larger side of every module, 64 at most"):
+        rankwise.check(str(pico), ROWS, **(SMALL | {"ranks": (4, 1_000_000)}))
+    assert rankwise.check(str(pico), ROWS, **(SMALL | {"ranks": (4, 64), "steps": (1,)})).rows

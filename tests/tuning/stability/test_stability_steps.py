@@ -17,6 +17,7 @@ peft = pytest.importorskip("peft", reason="peft comes with the train extra")
 
 from rankwise.records import StabilityRow
 from rankwise.tuning.models import load_model
+from rankwise.tuning.stability import first_step, stepping
 from rankwise.tuning.stability import subject as subjects
 from rankwise.tuning.stability.first_step import FirstStep
 from rankwise.tuning.stability.listening import Site, listen
@@ -97,6 +98,29 @@ def test_it_keeps_nothing_of_a_module(subject: LanguageModel) -> None:
     first.run()
     assert first._pulls == {}
     assert first._spread == {}
+
+
+def test_where_not_all_fits_some_modules_go_after_the_others(
+    subject: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most that is held is K of one module in place of fourteen."""
+    sites, _ = listen(subject)
+    chosen = grid(seeds=(0, 1))
+    whole = FirstStep(subject, sites, chosen.cells(), eps=1e-8)
+    wanted = whole.run()
+    held: list[int] = []
+    settle = FirstStep._settle
+
+    def settled(self: FirstStep, name: str) -> None:
+        held.append(len({module for module, _ in self._spread}))
+        settle(self, name)
+
+    monkeypatch.setattr(FirstStep, "_settle", settled)
+    monkeypatch.setattr(first_step, "MOST_SPREAD", 3 * 4 * 2 * max(chosen.ranks) ** 2)
+    got = FirstStep(subject, sites, chosen.cells(), eps=1e-8).run()
+    assert held == [3, 2, 1] * 4 + [2, 1]
+    assert sorted(map(key, got)) == sorted(map(key, wanted))
+    assert_same(got, wanted, 1e-6)  # the same products
 
 
 def test_one_backward_pass_serves_all_cells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,6 +466,29 @@ def test_the_stack_is_as_large_as_the_memory_allows(subject: LanguageModel, monk
     assert subject.most_copies() == 3
     monkeypatch.setattr(subjects, "MOST_TOKENS", 1)
     assert subject.most_copies() == 1
+
+
+def test_the_factors_of_a_stack_fit_into_the_memory_too(
+    subject: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many cells of a high rank: weights, gradients, moments and a copy of each."""
+    sites, _ = listen(subject)
+    cells = grid(scaling=("lora",), optimizer=("sgd",), ranks=(4, 16), seeds=(0, 1, 2, 3)).cells()
+    sides = sum(site.in_features + site.out_features for site in sites)
+    copies: list[int] = []
+    losses = LanguageModel.losses
+
+    def count(self: Any, step: int, number: int) -> Any:
+        copies.append(number)
+        return losses(self, step, number)
+
+    monkeypatch.setattr(LanguageModel, "losses", count)
+    monkeypatch.setattr(stepping, "MOST_FACTORS", 2 * 5 * 4 * 16 * sides)
+    wanted = steps_of(subject, cells, (1,), base=[9.0])
+    assert copies == [4, 2, 2]
+    monkeypatch.setattr(stepping, "MOST_FACTORS", 1)
+    assert_same(steps_of(subject, cells, (1,), base=[9.0]), wanted, 1e-4)
+    assert copies[3:] == [1] * 8
 
 
 def test_draws_of_a_are_nested_and_of_pefts_size() -> None:

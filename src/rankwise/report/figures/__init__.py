@@ -20,6 +20,7 @@ from rankwise.records import (
     SimulationRecord,
     SpectraRecord,
     StabilityRecord,
+    SweepRecord,
 )
 from rankwise.report.drawing import Figure
 from rankwise.report.figures import (
@@ -44,6 +45,10 @@ from rankwise.report.figures import (
     scaled_error,
     singular_values,
     stability,
+    sweep_exponents,
+    sweep_forgetting,
+    sweep_ranks,
+    sweep_rates,
     trained_energy,
 )
 
@@ -83,5 +88,10 @@ FIGURES: Final[dict[str, Row]] = {
     "probe-rates": Row(ProbeRecord, probe_bits.draw_rates),
     "probe-gradient": Row(ProbeRecord, probe_gradient.draw),
     "counter-moves": Row(CounterTestRecord, counter_moves.draw),
+    "sweep-answer": Row(SweepRecord, sweep_ranks.draw_answer),
+    "sweep-ranks": Row(SweepRecord, sweep_ranks.draw_ranks),
+    "sweep-rates": Row(SweepRecord, sweep_rates.draw),
+    "sweep-forgetting": Row(SweepRecord, sweep_forgetting.draw),
+    "sweep-exponents": Row(SweepRecord, sweep_exponents.draw),
 }
 """Name of a figure and its anchor in the page -> the record it is of and its function, in reading order."""

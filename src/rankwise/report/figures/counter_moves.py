@@ -36,7 +36,6 @@ def draw(record: CounterTestRecord) -> Figure | None:
     names = axis("", tickvals=places, ticktext=[safe(m.text) for m, _, _ in known], showgrid=False)
     names |= {"range": [len(known) - 0.4, -0.6], "showline": False, "tickcolor": "@clear"}
     gains = value_axis("gain over going on as it is, nats a token", ends, zeroline=True, zerolinecolor="@line")
-    least = record.least_gain * record.start_loss
     cells = tuple((m.text, words.number(g), f"{words.number(lo)} to {words.number(hi)}") for m, g, (lo, hi) in known)
     return Figure(
         name="counter-moves",
@@ -47,8 +46,7 @@ def draw(record: CounterTestRecord) -> Figure | None:
         caption=(
             f"To the right of zero is better. Paired differences over n = {len(record.seeds)} orders of the "
             "batches, with 95 % intervals by Student's t; all ways begin from the same function.",
-            f"A gain below {words.number(least)} nats a token, {words.share(record.least_gain)} of the loss at the "
-            "start, counts for nothing.",
+            f"A gain below {words.number(record.least_gain)} nats a token counts for nothing.",
         ),
         fallback=Table("Gains", ("move", "gain", "95 % interval"), cells, named=True),
     )

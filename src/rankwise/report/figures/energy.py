@@ -133,7 +133,7 @@ def _caption(drawable: list[ModuleSpectrum]) -> tuple[str, ...]:
     sentences.append(
         "It does not say which rank the task needs: a curve that rises early can mean that few directions were "
         "enough, or that the others were starved by a small scaling or learning rate. `rankwise check "
-        "--adapter` (planned) is to tell."
+        "--adapter` tests which."
     )
     return tuple(sentences)
 

@@ -131,8 +131,8 @@ def draw_rates(record: ProbeRecord) -> Figure | None:
             yaxis=axis("loss, nats a token", range=[0, drawn(1.05 * high)]),
         ),
         caption=(
-            f"One run of n = {len(points)} steps at rank {plan.modules[0].r}, {plan.rule}, whose rate rises from "
-            "step to step: the loss of each batch before its step.",
+            f"One run of n = {len(points)} steps at rank {max(m.r for m in plan.modules)}, {plan.rule}, whose rate "
+            "rises from step to step: the loss of each batch before its step.",
             f"A third of the rate at the lowest smoothed loss is taken.{chosen} It is where the first few dozen "
             "steps break; a long run with a schedule may bear more or less.",
         ),

@@ -34,6 +34,7 @@
       // plotly.js 4 would offer to send the figure to its makers' server: nothing leaves this page
       modeBarButtons: [["toImage", "zoom2d", "resetScale2d"]],
       plotlyServerURL: "",
+      toImageButtonOptions: { filename: name, scale: 2 },
     };
     return Plotly.react(name + "-plot", paint(data, style), layout, config);
   };
@@ -85,9 +86,11 @@
     redraw();
   });
 
-  // A click on a line or a cell shows the singular values of its module.
-  const select = document.getElementById("singular-values-choice");
-  const follow = (event) => {
+  // A click on a line or a cell shows the singular values of its module, in the same part of the page.
+  const follow = (event, from) => {
+    const part = /^p\d+-/.exec(from);
+    const figure = (part ? part[0] : "") + "singular-values";
+    const select = document.getElementById(figure + "-choice");
     const { data, customdata } = event.points[0];
     const named = typeof customdata === "string" ? customdata : data.meta;
     if (!select || typeof named !== "string") return;
@@ -95,7 +98,7 @@
     const index = [...select.options].findIndex((option) => option.text === name);
     if (index < 0) return;
     select.selectedIndex = index;
-    choose("singular-values", index);
+    choose(figure, index);
   };
 
   // One figure after the other, so that the page can be read and scrolled meanwhile.
@@ -104,7 +107,7 @@
   const next = () => {
     const name = waiting.shift();
     if (!name) return;
-    draw(name).then((plot) => plot.on("plotly_click", follow));
+    draw(name).then((plot) => plot.on("plotly_click", (event) => follow(event, name)));
     setTimeout(next);
   };
   next();

@@ -11,12 +11,22 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rankwise.tuning.probing.passes import Batch, Said, TokenRow, batch_of, target_bits, token_bits
-from rankwise.tuning.training import borrowed, quiet
+from rankwise.tuning.borrowing import borrowed, quiet
+from rankwise.tuning.probing.passes import (
+    Said,
+    TokenRow,
+    batch_of,
+    parts,
+    summed_loss,
+    target_bits,
+    token_bits,
+    vocabulary_of,
+)
 
 RANK: Final = 4
 ALPHA: Final = 16.0
@@ -57,12 +67,29 @@ class Adapted:
     model: Any
 
 
-def mean_loss(model: Any, batch: Batch) -> Any:
-    """Return nats a target token, as transformers' own loss."""
-    from torch.nn.functional import cross_entropy
+def pull_mean(model: Any, rows: Sequence[TokenRow], numbers: Sequence[int]) -> float:
+    """Add the gradient of the mean loss of some rows to the weights; return it, nats a target token.
 
-    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
-    return cross_entropy(logits.float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
+    Rows that do not fit into memory together go one part after another: the sum is the same.
+    """
+    device = model.get_input_embeddings().weight.device
+    targets = max(1, sum(len(rows[i].targets) for i in numbers))
+    value = 0.0
+    for part in parts(rows, numbers, vocabulary_of(model)):
+        loss = summed_loss(model, batch_of(rows, part, device)) / targets
+        loss.backward()
+        value += float(loss.detach())
+    return value
+
+
+def wrapped(model: Any, config: Any) -> Any:
+    """Put an adapter on a model, without PEFT's words about what it turns over in Conv1D layers."""
+    from peft import get_peft_model
+
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        tuned = get_peft_model(model, config)
+    return tuned.eval()  # no dropout: what is judged is what was trained
 
 
 def order_of(count: int, *, steps: int, size: int, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -103,18 +130,15 @@ def adapted(
         said: told after every step.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    device = model.get_input_embeddings().weight.device
     judges = list(judge)
     if len(judges) > JUDGES:
         judges = random.Random(seed).sample(judges, JUDGES)
     with borrowed(model) as lent, torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=ALPHA, target_modules=list(names))
-        with quiet():
-            tuned = get_peft_model(lent, config)
-        tuned.eval()  # no dropout: what is judged is what was trained
+        tuned = wrapped(lent, config)
         weights = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
         looks = [Look(0, _judged(tuned, judges))]
         best = 0, looks[0].bits_per_token, _copy(weights)
@@ -124,8 +148,7 @@ def adapted(
         for step, numbers in enumerate(order_of(len(learn), steps=most_steps, size=size, seed=seed), start=1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(1.0, step / 5)
-            loss = mean_loss(tuned, batch_of(learn, numbers, device))
-            loss.backward()
+            pull_mean(tuned, learn, numbers)
             torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

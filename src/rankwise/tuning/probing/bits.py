@@ -11,8 +11,9 @@ Three things make the loss of a base larger than what has to be stored, and each
 2. Repetition. A fact in three wordings is one fact. The rows are coded in their order by a mixture of predictors: the
    adapted model, and the same model restricted to tokens that the targets of earlier related rows are made of. The
    weight of each is learnt from the other half and on the way, from how often it was right (a KT estimator a context),
-   and so is which wordings go together. So the sum is the length of a code that a reader who knows the form could
-   decode: an upper bound on what there is.
+   and so is which wordings go together (`mixing`). A row that equals an earlier one is told as such. So the sum is the
+   length of a code that a reader who knows the form could decode: an upper bound on what there is, as long as no form
+   that was taken off holds facts.
 3. What the base knows, which costs it nothing.
 
 What is left out: inferences that take two rows, such as a city that follows from an employer.
@@ -26,7 +27,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
+from rankwise.errors import NothingToMeasureError
 from rankwise.tuning.probing.adapting import Look, adapted
+from rankwise.tuning.probing.mixing import HELD, Mixture, Place, Seen
 from rankwise.tuning.probing.passes import (
     Said,
     TokenRow,
@@ -36,30 +41,22 @@ from rankwise.tuning.probing.passes import (
     token_bits,
     vocabulary_of,
 )
-from rankwise.tuning.probing.related import Relation, halves, relate, wordings
+from rankwise.tuning.probing.related import (
+    Head,
+    Relation,
+    common_of,
+    halves,
+    heads_of,
+    relate,
+    twins_of,
+    wordings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOORS: Final = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Edges of the contexts: the share of the model's own belief that falls on tokens of related rows. A name of a city
-that is none of 200 known ones leaves 1e-5 of it there, one of them 5e-3."""
-
-PRIOR: Final = 0.5
-"""Krichevsky-Trofimov: half a success of each predictor before anything was seen."""
-
-HELD: Final = 3
-"""Predictors on what related rows hold: tokens that stand in one of them, in two, in more. A fact that was told in all
-its wordings does not come again, and the counts say so."""
-
-SAME: Final = 0.9
-"""Share of the bits of a target that another row has to hold to count as holding the same."""
-
 MOST_POOL: Final = 1 << 14
 """Beliefs kept for one row: target tokens times tokens of related rows."""
-
-LESSER: Final = 0.1
-"""Share of the largest belief below which another is not counted as there."""
 
 FEWEST: Final = 8
 """Rows below which there are no halves to judge one by the other."""
@@ -101,96 +98,6 @@ class Measured:
     related: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """One target token.
-
-    Attributes:
-        bits: -log2 p of the model.
-        beliefs: share of the model's belief on tokens that related rows hold once, twice, more often.
-        held: which of the three the token is in, or None.
-        pool: token -> the model's belief in it, for the tokens of related rows; empty where there are too many.
-    """
-
-    bits: float
-    beliefs: tuple[float, ...]
-    held: int | None
-    pool: dict[int, float]
-
-
-class _Mixture:
-    """Five predictors, weighted by how often each was right in the same context.
-
-    The model; the model restricted to tokens that one, two or more related rows hold; and the model restricted to the
-    one related row whose wording most often went with the same target: "the home town of" with "was born in".
-    """
-
-    def __init__(self, rows: Sequence[TokenRow], wordings: Sequence[int]) -> None:
-        self._rows, self._wordings = rows, wordings
-        self._counts: dict[tuple[object, ...], list[float]] = {}
-        self._pairs: dict[tuple[int, int], list[float]] = {}
-
-    def cost(self, number: int, places: Sequence[_Place], relation: Relation) -> float:
-        """Return the bits of one row, and learn from it."""
-        partner, trust = self._partner(number, relation)
-        members = set() if partner is None else self._targets(partner)
-        tokens = [self._rows[number].ids[at] for at in self._rows[number].targets]
-        found = [
-            self._token(place, token, members, trust, relation.match)
-            for place, token in zip(places, tokens, strict=True)
-        ]
-        self._learn(number, places, relation)
-        return math.fsum(found)
-
-    def _targets(self, number: int) -> set[int]:
-        row = self._rows[number]
-        return {row.ids[at] for at in row.targets}
-
-    def _partner(self, number: int, relation: Relation) -> tuple[int | None, int]:
-        """Return the related row that is most likely to hold the same target, and how likely, in steps from 0 to 4."""
-        best, share = None, -1.0
-        for other in relation.rows:
-            right, tried = self._pairs.get((self._wordings[number], self._wordings[other]), (PRIOR, 2 * PRIOR))
-            if right / tried > share:
-                best, share = other, right / tried
-        return best, 0 if best is None else 1 + sum(share > edge for edge in (0.25, 0.5, 0.75))
-
-    def _learn(self, number: int, places: Sequence[_Place], relation: Relation) -> None:
-        """Note with which wordings this one shared its target: nearly all of its bits."""
-        total = math.fsum(place.bits for place in places)
-        tokens = [self._rows[number].ids[at] for at in self._rows[number].targets]
-        for other in relation.rows:
-            theirs = self._targets(other)
-            shared = math.fsum(place.bits for place, token in zip(places, tokens, strict=True) if token in theirs)
-            pair = self._pairs.setdefault((self._wordings[number], self._wordings[other]), [PRIOR, 2 * PRIOR])
-            pair[0] += shared >= SAME * total
-            pair[1] += 1
-
-    def _token(self, place: _Place, token: int, members: set[int], trust: int, match: float) -> float:
-        level = sum(sum(place.beliefs) >= edge for edge in FLOORS)
-        most = max(place.beliefs)
-        there = tuple(belief > 0 and belief >= LESSER * most for belief in place.beliefs)
-        theirs = math.fsum(place.pool.get(member, 0.0) for member in members)
-        fits = theirs >= LESSER * most
-        # where the wordings say enough, what the candidates look like would only split the counts
-        context = (trust, fits, level // 2) if trust in (1, 4) else (trust, fits, level, match >= 0.75, *there)
-        counts = self._counts.setdefault(context, [PRIOR] * (2 + HELD))
-        own = 2.0**-place.bits
-        found = [own] + [0.0] * (1 + HELD)
-        if place.held is not None and place.beliefs[place.held] > 0:
-            found[1 + place.held] = min(1.0, own / place.beliefs[place.held])
-        if token in members and theirs > 0:
-            found[-1] = min(1.0, own / theirs)
-        total = math.fsum(counts)
-        parts = [count / total * p for count, p in zip(counts, found, strict=True)]
-        mixed = math.fsum(parts)
-        if mixed <= 0:
-            return place.bits
-        for number, part in enumerate(parts):
-            counts[number] += part / mixed
-        return -math.log2(mixed)
-
-
 def measure(
     model: Any,
     names: Sequence[str],
@@ -215,19 +122,21 @@ def measure(
         said: told the passes and steps done.
     """
     base = token_bits(model, rows)
-    relations = relate(rows, base)
     plain = [target_bits(row, each) for row, each in zip(rows, base, strict=True)]
-    pools = _pools(rows, relations)
-    places: dict[int, tuple[_Place, ...]] = {}
+    _check(plain)
+    relations = relate(rows, base)
+    seen: dict[int, Seen] = {}
     looks: list[tuple[Look, ...]] = []
     steps: list[int] = []
     apart = True
     both: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (((), tuple(range(len(rows)))),)
-    if len(rows) < FEWEST:
-        places = _placed(model, rows, range(len(rows)), pools)
-    else:
-        one, two, apart = halves(relations, seed=seed)
+    if len(rows) >= FEWEST:
+        relations, one, two, apart = _apart(rows, base, relations, seed)
         both = ((one, two), (two, one))
+    heads = heads_of(rows)
+    if len(rows) < FEWEST:
+        seen = _seen(model, rows, range(len(rows)), relations, heads)
+    else:
         for number, (learn, judge) in enumerate(both):
             with adapted(
                 model,
@@ -242,42 +151,64 @@ def measure(
             ) as made:
                 looks.append(made.looks)
                 steps.append(made.steps)
-                places |= _placed(made.model, rows, judge, pools)
+                seen |= _seen(made.model, rows, judge, relations, heads)
     told = wordings(rows, relations)
     news: dict[int, float] = {}
+    said_before = zip(relations, heads, twins_of(rows), strict=True)
+    mixed = [bool(relation.rows or head or twin.known) for relation, head, twin in said_before]
     for learn, judge in both:
-        mixture = _Mixture(rows, told)
+        mixture = Mixture(rows, told)
         for i in learn:
-            if relations[i].rows:
-                mixture.cost(i, places[i], relations[i])
-        news |= {i: mixture.cost(i, places[i], relations[i]) for i in judge if relations[i].rows}
+            if mixed[i]:
+                mixture.cost(i, seen[i], relations[i])
+        news |= {i: mixture.cost(i, seen[i], relations[i]) for i in judge if mixed[i]}
     found = []
     for i, row in enumerate(rows):
-        formed = math.fsum(place.bits for place in places[i])
+        formed = math.fsum(place.bits for place in seen[i].places)
         found.append(RowBits(plain[i], formed, news.get(i, formed), len(row.targets)))
     related = sum(bool(relation.rows) for relation in relations)
     return Measured(tuple(found), tuple(looks), tuple(steps), apart, related)
+
+
+def _check(bits: Sequence[float]) -> None:
+    """Refuse a base that gives no figures."""
+    wrong = [i for i, each in enumerate(bits) if not math.isfinite(each)]
+    if wrong:
+        raise NothingToMeasureError(
+            f"the base gives no finite loss on {len(wrong):,} of {len(bits):,} rows, first row {wrong[0]} (from 0): "
+            "its weights hold NaN or infinity, or its dtype is too narrow. Look at the checkpoint, or load it in "
+            "float32."
+        )
+
+
+def _apart(
+    rows: Sequence[TokenRow], bits: Sequence[Sequence[float]], relations: tuple[Relation, ...], seed: int
+) -> tuple[tuple[Relation, ...], tuple[int, ...], tuple[int, ...], bool]:
+    """Return relations, two halves, and whether they are free of relations.
+
+    Where most rows are one cluster, what nearly all of them share is left out: a system prompt, most often. It may be
+    the one thing that they all speak of, so the halves are not called apart.
+    """
+    one, two, apart = halves(relations, seed=seed)
+    if apart:
+        return relations, one, two, True
+    fewer = relate(rows, bits, but=common_of(rows))
+    again = halves(fewer, seed=seed)
+    return (fewer, again[0], again[1], False) if again[2] else (relations, one, two, False)
 
 
 def _from(said: Said, start: int) -> Said:
     return lambda step: said(start + step)
 
 
-def _pools(rows: Sequence[TokenRow], relations: Sequence[Relation]) -> tuple[dict[int, int], ...]:
-    """Return for each row the tokens in the targets of its related rows, and in how many of them each stands."""
-    made = []
-    for relation in relations:
-        pool: Counter[int] = Counter()
-        for other in relation.rows:
-            pool.update({rows[other].ids[at] for at in rows[other].targets})
-        made.append(dict(pool))
-    return tuple(made)
-
-
-def _placed(
-    model: Any, rows: Sequence[TokenRow], numbers: Sequence[int], pools: Sequence[dict[int, int]]
-) -> dict[int, tuple[_Place, ...]]:
-    """Return what a model makes of the targets of some rows, and how much of its belief falls on their pools."""
+def _seen(
+    model: Any,
+    rows: Sequence[TokenRow],
+    numbers: Sequence[int],
+    relations: Sequence[Relation],
+    heads: Sequence[Head],
+) -> dict[int, Seen]:
+    """Return what a model makes of the targets of some rows, and how much of its belief falls on related ones."""
     import torch
 
     done = {}
@@ -286,36 +217,39 @@ def _placed(
         for batch in batches(rows, numbers, vocabulary=vocabulary_of(model), device=device):
             logs = log_probabilities(model, batch)
             for place, i in enumerate(batch.rows):
-                done[i] = _of_row(logs[place], rows[i], pools[i])
+                pool: Counter[int] = Counter()
+                for other in relations[i].rows:
+                    pool.update({rows[other].ids[at] for at in rows[other].targets})
+                done[i] = _of_row(logs[place], rows[i], pool, heads[i])
     return done
 
 
-def _of_row(logs: Tensor, row: TokenRow, pool: dict[int, int]) -> tuple[_Place, ...]:
+def _of_row(logs: Tensor, row: TokenRow, pool: Counter[int], head: Head) -> Seen:
     """Return the target tokens of one row; `logs` is (tokens - 1, vocabulary)."""
     import torch
 
     at = torch.tensor(row.targets, device=logs.device)
     if not len(at):
-        return ()
+        return Seen((), np.empty(0, np.int64), np.empty((0, 0), np.float32))
     tokens = [row.ids[t] for t in row.targets]
     before = logs[at - 1]  # (targets, vocabulary)
     bits = (before.gather(-1, torch.tensor(tokens, device=logs.device)[:, None])[:, 0].double() / -math.log(2)).tolist()
-    if not pool:
-        return tuple(_Place(bit, (0.0,) * HELD, None, {}) for bit in bits)
     members = list(pool)
     shares = before[:, members].double().exp().cpu()  # (targets, pool)
     beliefs = torch.zeros(len(tokens), HELD, dtype=torch.float64)
-    beliefs.index_add_(1, torch.tensor([_class(pool[token]) for token in members]), shares)
-    few = shares.numel() <= MOST_POOL
-    return tuple(
-        _Place(
-            bit,
-            tuple(min(1.0, belief) for belief in beliefs[i].tolist()),
-            _class(pool[token]) if token in pool else None,
-            dict(zip(members, shares[i].tolist(), strict=True)) if few else {},
-        )
-        for i, (bit, token) in enumerate(zip(bits, tokens, strict=True))
-    )
+    beliefs.index_add_(1, torch.tensor([_class(pool[token]) for token in members], dtype=torch.long), shares)
+    places = []
+    for i, (bit, token) in enumerate(zip(bits, tokens, strict=True)):
+        if row.targets[i] in head:
+            after = head[row.targets[i]]
+            belief = float(before[i, list(after)].double().exp().sum()) if after else 0.0
+            places.append(Place(bit, (min(1.0, belief), 0.0, 0.0), 0 if token in after else None, head=True))
+        else:
+            told = tuple(min(1.0, belief) for belief in beliefs[i].tolist())
+            places.append(Place(bit, told, _class(pool[token]) if token in pool else None))
+    if shares.numel() > MOST_POOL:
+        members, shares = [], shares[:, :0]
+    return Seen(tuple(places), np.array(members, np.int64), shares.float().numpy())
 
 
 def _class(count: int) -> int:

@@ -80,8 +80,10 @@ def densities(exposures: float) -> tuple[float, float, str]:
         words = "1.7 to 2.8 bits a LoRA parameter trained to the end (arXiv:2607.21351)"
     else:
         point = "" if exposures >= PUBLISHED[0].exposures else ", taken in proportion below"
+        last = OWN[-1].exposures
+        run = f"{last:g} exposures, the most that were run" if exposures > last else f"{exposures:.3g} exposures"
         words = (
-            f"lowest: LoRA on rankwise:tiny, {own:.2g} at {exposures:.3g} exposures (lab/probe_calibration.py); "
+            f"lowest: LoRA on rankwise:tiny, {own:.2g} at {run} (lab/probe_calibration.py); "
             f"highest: whole networks, {law:.2g} (arXiv:2404.05405: 1 at 100 exposures, 2 at 1000{point})"
         )
     return low, high, words

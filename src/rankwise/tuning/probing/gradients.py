@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rankwise.criteria import Spectrum, effective_rank, rank_for_energy, stable_rank
 from rankwise.linalg import matrix_values
-from rankwise.tuning.encoding import IGNORED
-from rankwise.tuning.probing.passes import Batch, Said, TokenRow, batch_of
-from rankwise.tuning.training import borrowed
+from rankwise.tuning.borrowing import borrowed
+from rankwise.tuning.probing.passes import Said, TokenRow, batch_of, parts, summed_loss, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,9 +30,6 @@ MOST_HELD: Final = 512 * 2**20
 SKETCH: Final = 256
 """Sides of a sketch: ranks above a half of it are not told apart from it."""
 
-MOST_TOKENS: Final = 2048
-"""Tokens that go through the model at once."""
-
 
 @dataclass(frozen=True, slots=True)
 class Pull:
@@ -42,7 +38,8 @@ class Pull:
     Attributes:
         module: dotted path.
         shape: (out_features, in_features).
-        energy: squared Frobenius norm of the gradient summed over the rows; of a sketch its estimate.
+        energy: squared Frobenius norm of the gradient summed over the rows; of a sketch its estimate. NaN where it
+            overflowed.
         stable_rank: energy / sigma_1^2, or None for a gradient of zero.
         effective_rank: exp of the entropy of sigma^2 / energy, or None.
         rank_90: smallest rank that holds 90 % of the energy.
@@ -94,9 +91,10 @@ def pulls(
         handles += [lent.get_submodule(name).register_forward_hook(sums.listen(name)) for name in shapes]
         try:
             done = 0
-            for numbers in _fitting(rows):
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+            for numbers in parts(rows, order, vocabulary_of(lent)):
                 batch = batch_of(rows, numbers, device)
-                _summed_loss(lent, batch).backward()
+                summed_loss(lent, batch).backward()
                 done += len(numbers)
                 if said is not None:
                     said(done)
@@ -123,26 +121,6 @@ def _begin(_: Any, __: Any, output: Tensor) -> Tensor:
     return output.detach().requires_grad_()
 
 
-def _fitting(rows: Sequence[TokenRow]) -> list[list[int]]:
-    """Return numbers of rows of like length, as many as fit into `MOST_TOKENS`."""
-    made: list[list[int]] = [[]]
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
-        if made[-1] and (len(made[-1]) + 1) * len(rows[i].ids) > MOST_TOKENS:
-            made.append([])
-        made[-1].append(i)
-    return [numbers for numbers in made if numbers]
-
-
-def _summed_loss(model: Any, batch: Batch) -> Tensor:
-    from torch.nn.functional import cross_entropy
-
-    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
-    target = batch.labels[:, 1:]
-    counted = target != IGNORED
-    loss: Tensor = cross_entropy(logits[counted].float(), target[counted], reduction="sum")
-    return loss
-
-
 class _Sums:
     """What is added up while the batches go by."""
 
@@ -150,7 +128,7 @@ class _Sums:
         self.shapes, self.sketched, self.device, self.seed = shapes, sketched, device, seed
         self.whole: dict[str, Tensor] = {}
         self.own: dict[str, float] = {}
-        self._sides: dict[int, Tensor] = {}
+        self._sides: dict[tuple[int, bool], Tensor] = {}
 
     def listen(self, name: str) -> Callable[..., None]:
         """Return the hook of a module."""
@@ -170,18 +148,21 @@ class _Sums:
         self.own[name] = self.own.get(name, 0.0) + square
         x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         if name in self.sketched:
-            x, g = x @ self._side(x.shape[-1]), g @ self._side(g.shape[-1])
+            x, g = x @ self._side(x.shape[-1], left=False), g @ self._side(g.shape[-1], left=True)
         self.whole[name] = self.whole.get(name, 0) + g.T @ x  # (out, in), or (SKETCH, SKETCH)
 
-    def _side(self, size: int) -> Tensor:
-        """Return a random map (size, SKETCH) that keeps squared norms on average; one for all layers of that size."""
+    def _side(self, size: int, *, left: bool) -> Tensor:
+        """Return a random map (size, SKETCH) that keeps squared norms on average; one for all layers of that size.
+
+        The two sides have to be drawn apart: with one S for both, S' G S adds the squared trace of a square G.
+        """
         import torch
 
-        if size not in self._sides:
-            draw = torch.Generator().manual_seed(self.seed + size)
+        if (size, left) not in self._sides:
+            draw = torch.Generator().manual_seed(2 * (self.seed + size) + left)
             made = torch.randn(size, SKETCH, generator=draw) / math.sqrt(SKETCH)
-            self._sides[size] = made.to(self.device)
-        return self._sides[size]
+            self._sides[size, left] = made.to(self.device)
+        return self._sides[size, left]
 
     def results(self, rows: int) -> tuple[Pull, ...]:
         """Return the spectra."""
@@ -190,7 +171,11 @@ class _Sums:
             if name not in self.whole:  # no token reaches it
                 found.append(Pull(name, shape, 0.0, None, None, 0, 0, None, name in self.sketched))
                 continue
-            values = matrix_values(self.whole.pop(name).double().cpu().numpy())
+            whole = self.whole.pop(name).double().cpu()
+            if not bool(whole.isfinite().all()):  # half precision overflows before the loss does
+                found.append(Pull(name, shape, math.nan, None, None, 0, 0, None, name in self.sketched))
+                continue
+            values = matrix_values(whole.numpy())
             spectrum = Spectrum(name, shape, tuple(map(float, values.sigma)), values.energy)
             own = self.own[name]
             coherence = values.energy / (rows * own) if own > 0 and math.isfinite(own) else None

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 MOST_BYTES: Final = 32 * 2**20
 """Logits of a batch take at most so much."""
 
+MOST_TOKENS: Final = 2048
+"""Tokens that go through the model at once where a gradient is wanted, and activations are kept."""
+
+MOST_GRADED: Final = 256 * 2**20
+"""Bytes of their logits."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
@@ -82,6 +88,35 @@ def batches(rows: Sequence[TokenRow], numbers: Sequence[int], *, vocabulary: int
         waiting.append(i)
     if waiting:
         yield batch_of(rows, waiting, device)
+
+
+def parts(rows: Sequence[TokenRow], numbers: Sequence[int], vocabulary: int) -> list[list[int]]:
+    """Return the numbers in parts for which a gradient fits into memory; a row too long by itself stands alone.
+
+    >>> rows = [TokenRow((0,) * 1000, (0,) * 1000)] * 3
+    >>> parts(rows, [2, 0, 1], 100), parts(rows, [2, 0, 1], 100_000), parts(rows, [], 100)
+    ([[2, 0], [1]], [[2], [0], [1]], [])
+    """
+    most = min(MOST_TOKENS, MOST_GRADED // (4 * vocabulary))
+    if len(numbers) * max((len(rows[i].ids) for i in numbers), default=0) <= most:
+        return [list(numbers)] if numbers else []
+    made: list[list[int]] = [[]]
+    for i in sorted(numbers, key=lambda i: len(rows[i].ids)):  # shortest first, so the new one is the longest
+        if made[-1] and (len(made[-1]) + 1) * len(rows[i].ids) > most:
+            made.append([])
+        made[-1].append(i)
+    return made
+
+
+def summed_loss(model: Any, batch: Batch) -> Tensor:
+    """Return nats over the target tokens, as transformers' own loss but for the mean."""
+    from torch.nn.functional import cross_entropy
+
+    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+    target = batch.labels[:, 1:]
+    counted = target != IGNORED
+    loss: Tensor = cross_entropy(logits[counted].float(), target[counted], reduction="sum")
+    return loss
 
 
 def vocabulary_of(model: Any) -> int:

@@ -2,9 +2,9 @@
 
 In: a model, rows, a rank, a rule and an alpha. Out: the loss at every rate of one short run in which the rate rises.
 
-The range test of Smith (2017, arXiv:1506.01186) on an adapter, with every step's loss taken on rows that it has not
-seen. It finds the cliff of a first few dozen steps, from which a rate to start with is a fixed part; what a long run
-with a schedule bears may be higher or lower.
+The range test of Smith (2017, arXiv:1506.01186) on an adapter, with every loss taken on its batch before the step: on
+rows that it has not seen, as long as there are enough for all steps. It finds the cliff of a first few dozen steps,
+from which a rate to start with is a fixed part; what a long run with a schedule bears may be higher or lower.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rankwise.tuning.probing.adapting import BATCH, mean_loss, order_of
-from rankwise.tuning.probing.passes import Said, TokenRow, batch_of
-from rankwise.tuning.training import borrowed, quiet
+from rankwise.tuning.borrowing import borrowed
+from rankwise.tuning.probing.adapting import BATCH, order_of, pull_mean, wrapped
+from rankwise.tuning.probing.passes import Said, TokenRow
 
 LOWEST: Final = 1e-5
 HIGHEST: Final = 1.0
@@ -63,15 +63,14 @@ def ramp(
         names: modules to adapt.
         rows: examples.
         rank: r of every module.
-        scaling: "lora" or "rslora".
+        scaling: rule.
         lora_alpha: alpha of every module.
         seed: of A and of the order of the rows.
         said: told after every step.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    device = model.get_input_embeddings().weight.device
     steps = 1 + round(math.log(HIGHEST / LOWEST, FACTOR))
     points: list[RatePoint] = []
     with borrowed(model) as lent, torch.random.fork_rng():
@@ -79,13 +78,11 @@ def ramp(
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=lora_alpha,
+            lora_alpha=lora_alpha * rank if scaling == "unscaled" else lora_alpha,  # PEFT has no such rule
             use_rslora=scaling == "rslora",
             target_modules=list(names),
         )
-        with quiet():
-            tuned = get_peft_model(lent, config)
-        tuned.eval()
+        tuned = wrapped(lent, config)
         weights = [p for p in tuned.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=LOWEST, weight_decay=0.0)
         order = order_of(len(rows), steps=steps, size=min(BATCH, len(rows)), seed=seed)
@@ -93,8 +90,7 @@ def ramp(
         for step, numbers in enumerate(order):
             rate = LOWEST * FACTOR**step
             optimizer.param_groups[0]["lr"] = rate
-            loss = mean_loss(tuned, batch_of(rows, numbers, device))
-            value = float(loss.detach())
+            value = pull_mean(tuned, rows, numbers)
             smoothed = value if not points else SMOOTH * smoothed + (1 - SMOOTH) * value
             lowest = smoothed if not points else min(lowest, smoothed)
             if not math.isfinite(value):
@@ -102,7 +98,6 @@ def ramp(
             points.append(RatePoint(rate, value, smoothed))
             if smoothed > SPENT * lowest:
                 break
-            loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -108,8 +108,13 @@ def start_of(
     if job == "facts":
         wanted = max(FEWEST_FACTS, min(MOST, HEADROOM * capacity.min_rank))
         rank = 2 ** math.ceil(math.log2(wanted))
-    rank = max(1, min(rank, min(min(shape) for shape in shapes.values())))
+    rank = max(1, min(rank, _sides(shapes)))
     return Start(rank, scaling or preset.scaling, lora_alpha or DEFAULT_ALPHA)
+
+
+def _sides(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Return the largest rank that any module can have; a router of one output must not decide for the others."""
+    return max(min(shape) for shape in shapes.values())
 
 
 def rate_of(start: Start, evidence: Evidence) -> tuple[float, bool, str]:
@@ -161,7 +166,7 @@ def recommend(
     capacity, job = evidence.capacity, evidence.job
     enough = start.rank >= capacity.rank_interval[1]
     decided = job == "nothing" or (clear and (job == "style" or enough))
-    why = " ".join([_rank_words(start, evidence), _rule_words(start, job), rate_words, _module_words()])
+    why = " ".join([_rank_words(start, evidence), _rule_words(start, job), rate_words, _module_words(start, shapes)])
     if not decided:
         why += " The evidence does not decide: try the three runs of `sweep`, and read recall and forgetting."
     scale = factor_of(start.scaling, start.lora_alpha, start.rank)
@@ -169,8 +174,8 @@ def recommend(
         PlannedModule(
             module=module,
             shape=shape,
-            r=start.rank,
-            lora_alpha=start.lora_alpha,
+            r=min(start.rank, *shape),
+            lora_alpha=_alpha(start, min(start.rank, *shape)),
             scaling=scale,
             kept_energy_share=None,
         )
@@ -181,7 +186,7 @@ def recommend(
         format=PlanRecord.FORMAT,
         rule=start.scaling,
         modules=modules,
-        params=start.rank * capacity.params_per_rank,
+        params=sum(m.r * sum(m.shape) for m in modules),
         budget=None,
         relative_error=None,
         learning_rate=rate,
@@ -194,7 +199,13 @@ def recommend(
         scale=scale,
         reference_rank=start.rank,
     )
-    return plan, decided, () if decided else _sweep(start, rate, shapes, enough=enough or job != "facts")
+    return plan, decided, () if decided else _sweep(start, rate, shapes, facts=job == "facts")
+
+
+def _alpha(start: Start, rank: int) -> float:
+    """Return the alpha at which a module too small for the rank has the scale of the others."""
+    per_alpha = factor_of(start.scaling, 1.0, start.rank) / factor_of(start.scaling, 1.0, rank)
+    return start.lora_alpha * per_alpha
 
 
 def _rank_words(start: Start, evidence: Evidence) -> str:
@@ -212,12 +223,16 @@ def _rank_words(start: Start, evidence: Evidence) -> str:
             f"{capacity.rank_interval[0]} to {capacity.rank_interval[1]}."
         )
     low, high = capacity.rank_interval
-    floor = f", and no less than {FEWEST_FACTS}" if start.rank == FEWEST_FACTS else ""
+    bound = f", and no less than {FEWEST_FACTS}" if start.rank == FEWEST_FACTS else ""
+    if start.rank < HEADROOM * capacity.min_rank:
+        bound = f" would be more than {start.rank}, which is the most that " + (
+            "is recommended" if start.rank == MOST else "these modules can have"
+        )
     return (
         f"Rank {start.rank}: {evidence.bits:,.0f} bits need {capacity.params:,.0f} parameters at "
         f"{capacity.bits_per_param:.2g} bits each ({capacity.exposures:.3g} exposures in {evidence.epochs:g} "
         f"epochs), that is rank {capacity.min_rank} ({low} to {high} by what the sources allow); twice that, as a "
-        f"power of two{floor}. Where room does not bind, a higher rank bought little on rankwise:tiny (29.2 bits a "
+        f"power of two{bound}. Where room does not bind, a higher rank bought little on rankwise:tiny (29.2 bits a "
         "person at rank 64, 26.4 at rank 8); on larger models this is not known."
     )
 
@@ -234,15 +249,20 @@ def _rule_words(start: Start, job: Job) -> str:
     return words + "At rank 8 both rules can be made equal by alpha; alpha / r is what most tools and runtimes expect."
 
 
-def _module_words() -> str:
+def _module_words(start: Start, shapes: Mapping[str, tuple[int, int]]) -> str:
+    small = sum(min(shape) < start.rank for shape in shapes.values())
+    bounded = f" ({small} of {len(shapes)} are smaller than that, and get their full rank at the same scale)"
     return (
-        "The same rank in every module: the gradient's spectrum at the base did not say, in our measurements, where "
-        "rank is needed."
+        f"The same rank in every module{bounded if small else ''}: the gradient's spectrum at the base did not say, in "
+        "our measurements, where rank is needed."
     )
 
 
-def _sweep(start: Start, rate: float, shapes: Mapping[str, tuple[int, int]], *, enough: bool) -> tuple[SweepCell, ...]:
-    """Return the best guess, one with a lower rate, and one with a higher rank, or rate where rank is not in doubt."""
+def _sweep(start: Start, rate: float, shapes: Mapping[str, tuple[int, int]], *, facts: bool) -> tuple[SweepCell, ...]:
+    """Return the best guess, one with a lower rate, and one with a higher rank, or rate where rank is not in doubt.
+
+    Of facts it always is: that rank does not bind was measured on one small model.
+    """
 
     def cell(rank: int, learning_rate: float, why: str) -> SweepCell:
         return SweepCell(
@@ -253,11 +273,11 @@ def _sweep(start: Start, rate: float, shapes: Mapping[str, tuple[int, int]], *, 
             why=why,
         )
 
-    higher = min(4 * start.rank, min(min(shape) for shape in shapes.values()))
+    higher = min(4 * start.rank, _sides(shapes))
     last = (
-        cell(start.rank, 3 * rate, "more here: the rate was too low")
-        if enough or higher == start.rank
-        else cell(higher, rate, "more here: rank binds, and the density of these data is low")
+        cell(higher, rate, "more here: rank binds, or speeds learning at this rate")
+        if facts and higher > start.rank
+        else cell(start.rank, 3 * rate, "more here: the rate was too low")
     )
     return (
         cell(start.rank, rate, "the best guess"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +31,12 @@ TEXT_KEY: Final = 16
 
 COMMON: Final = 0.1
 """Share of the clusters in which a word has to stand to be one of form: names are in a few, "was born on" in all."""
+
+SHARED: Final = 0.5
+"""Share of the rows that have a word in their keys, from which it may be part of a system prompt."""
+
+LARGEST: Final = 0.75
+"""Share of the data from which a cluster cannot stay in one half."""
 
 FREQUENT: Final = 2000
 """A token in more rows than this tells nothing, and would cost too much to follow."""
@@ -61,8 +67,77 @@ def key_of(row: TokenRow) -> range:
     return range(1, 1 + min(TEXT_KEY, max(1, len(row.ids) // 4)))
 
 
-def relate(rows: Sequence[TokenRow], bits: Sequence[Sequence[float]]) -> tuple[Relation, ...]:
-    """Return for each row the earlier ones that it is related to."""
+Head = Mapping[int, Collection[int]]
+"""Place in the head of a text -> tokens that earlier texts have after the same words; empty for what has a prompt."""
+
+
+def heads_of(rows: Sequence[TokenRow]) -> tuple[Head, ...]:
+    """Return for each row what earlier ones have in its head.
+
+    >>> same, other = TokenRow((1, 5, 6, 7), (1, 5, 6, 7)), TokenRow((1, 8, 6, 7), (1, 8, 6, 7))
+    >>> [{at: sorted(after) for at, after in head.items()} for head in heads_of([same, other, same])]
+    [{1: []}, {1: [5]}, {1: [5, 8]}]
+    """
+    after: dict[tuple[int, ...], set[int]] = {}
+    found: list[Head] = []
+    for row in rows:
+        head: dict[int, Collection[int]] = {}
+        if row.targets[:1] == (1,):
+            for at in key_of(row):
+                known = after.setdefault(row.ids[:at], set())
+                head[at] = tuple(known)
+                known.add(row.ids[at])
+        found.append(head)
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """What is known of a row once its prompt is, or its head where it is a text.
+
+    Attributes:
+        known: different rows before it that begin so.
+        equal: whether it is one of them.
+    """
+
+    known: int
+    equal: bool
+
+
+def twins_of(rows: Sequence[TokenRow]) -> tuple[Twin, ...]:
+    """Return for each row how many different earlier ones begin as it does, and whether it is one of them.
+
+    >>> one, other = TokenRow((1, 2, 3), (-100, -100, 3)), TokenRow((1, 2, 4), (-100, -100, 4))
+    >>> [(twin.known, twin.equal) for twin in twins_of([one, other, one, other])]
+    [(0, False), (1, False), (2, True), (2, True)]
+    """
+    begun: dict[tuple[int, ...], set[TokenRow]] = {}
+    found = []
+    for row in rows:
+        known = begun.setdefault(row.ids[: key_of(row).stop], set())
+        found.append(Twin(len(known), row in known))
+        known.add(row)
+    return tuple(found)
+
+
+def common_of(rows: Sequence[TokenRow]) -> frozenset[int]:
+    """Return the words that stand in the keys of `SHARED` of the rows."""
+    holders: Counter[int] = Counter()
+    for row in rows:
+        holders.update({row.ids[at] for at in key_of(row)})
+    return frozenset(token for token, count in holders.items() if count >= SHARED * len(rows))
+
+
+def relate(
+    rows: Sequence[TokenRow], bits: Sequence[Sequence[float]], *, but: Collection[int] = ()
+) -> tuple[Relation, ...]:
+    """Return for each row the earlier ones that it is related to.
+
+    Args:
+        rows: in their order.
+        bits: of every token, for the base.
+        but: tokens that tell nothing; a row that has no others is looked up by all of its own.
+    """
     holders: dict[int, list[int]] = {}
     scores: NDArray[np.float64] = np.zeros(len(rows))
     found = []
@@ -71,6 +146,7 @@ def relate(rows: Sequence[TokenRow], bits: Sequence[Sequence[float]]) -> tuple[R
         for at in key_of(row):
             token = row.ids[at]
             weights[token] = max(weights.get(token, 0.0), bits[number][at])
+        weights = {token: weight for token, weight in weights.items() if token not in but} or weights
         total = sum(weights.values())
         touched: list[NDArray[np.int64]] = []
         for token, weight in weights.items():
@@ -116,8 +192,13 @@ def wordings(rows: Sequence[TokenRow], relations: Sequence[Relation]) -> tuple[i
     return tuple(found)
 
 
-def clusters_of(relations: Sequence[Relation]) -> list[list[int]]:
-    """Return the numbers of the rows, those together that are linked by their nearest relation."""
+def clusters_of(relations: Sequence[Relation], *, links: int = 1) -> list[list[int]]:
+    """Return the numbers of the rows, those together that are linked by their nearest relations.
+
+    Args:
+        relations: as `relate` returns them.
+        links: how many of them count.
+    """
     parent = list(range(len(relations)))
 
     def root(i: int) -> int:
@@ -127,8 +208,8 @@ def clusters_of(relations: Sequence[Relation]) -> list[list[int]]:
         return i
 
     for i, relation in enumerate(relations):
-        if relation.rows:
-            parent[root(i)] = root(relation.rows[0])
+        for other in relation.rows[:links]:
+            parent[root(i)] = root(other)
     clusters: dict[int, list[int]] = {}
     for i in range(len(relations)):
         clusters.setdefault(root(i), []).append(i)
@@ -143,11 +224,14 @@ def halves(relations: Sequence[Relation], *, seed: int) -> tuple[tuple[int, ...]
         seed: of the order in which clusters are dealt out.
 
     Returns:
-        Two halves, and whether they are free of relations: where one cluster holds most of the data it has to be torn.
+        Two halves, and whether no row has a relation in the other: where one cluster holds most of the data it has to
+        be torn.
     """
-    groups = clusters_of(relations)
-    whole = max(map(len, groups)) <= 0.75 * len(relations)
-    if not whole:
+    groups = clusters_of(relations, links=MOST_RELATED)
+    whole = max(map(len, groups)) <= LARGEST * len(relations)
+    if not whole:  # by the nearest alone fewer hang together
+        groups = clusters_of(relations)
+    if max(map(len, groups)) > LARGEST * len(relations):
         groups = [[i] for i in range(len(relations))]
     random.Random(seed).shuffle(groups)
     groups.sort(key=len, reverse=True)  # large ones first, so that the rest can make up for them

@@ -118,7 +118,7 @@ def check(
         parameter = next(lent.parameters())
         where, dtype = str(parameter.device), str(lent.dtype).removeprefix("torch.")
         tokens = int(subject.measuring.mask.sum())
-    name = fspath(model) if isinstance(model, str | PathLike) else f"{type(model).__name__} in memory"
+    name = _name_of(model)
     config = StabilityConfig(
         model=name,
         data=prepared.label,
@@ -142,6 +142,10 @@ def check(
     call = (f"rankwise.check({name!r}, {prepared.label!r}, ...)",)
     head = {"command": call if command is None else tuple(command), "device": where, "seed": seed}
     return _record(grid, found, config, head, begun)
+
+
+def _name_of(model: Any) -> str:
+    return fspath(model) if isinstance(model, str | PathLike) else f"{type(model).__name__} in memory"
 
 
 def _record(grid: Grid, found: Found, config: StabilityConfig, head: dict[str, Any], begun: float) -> StabilityRecord:
@@ -195,6 +199,7 @@ def _prepare(
         raise MissingDependencyError(error.name or "torch", "train", "check") from error
     from rankwise.tuning.data import Examples, builtin_examples, check_examples, read_data
     from rankwise.tuning.encoding import encode
+    from rankwise.tuning.finite import check_weights
     from rankwise.tuning.models import load_model
     from rankwise.tuning.targets import matching_modules
     from rankwise.tuning.world.builtin import is_builtin, read_builtin
@@ -208,6 +213,7 @@ def _prepare(
         places=[examples.places[i] for i in order],
     )
     loaded = load_model(model, device=device, tokenizer=tokenizer)
+    check_weights(loaded.model, _name_of(model))
     if max_length is not None and loaded.context is not None and max_length > loaded.context:
         raise UsageError(f"--max-length {max_length} is past the model's context of {loaded.context} tokens")
     length = max_length or min(DEFAULT_LENGTH, loaded.context or DEFAULT_LENGTH)
@@ -273,10 +279,14 @@ def _measure(subject: Subject, grid: Grid, say: Progress) -> Found:
     if not sites:
         first = f", first {skipped[0].module}: {skipped[0].reason}" if skipped else ""
         raise NothingToMeasureError(f"no module can be given a branch to measure{first}")
+    _refuse_ranks(grid, sites)
     first_rows = FirstStep(subject, sites, cells, eps=grid.eps).run()
     if not first_rows or first_rows[0].loss is None:
         why = "its loss is no number" if first_rows else "no gradient reaches the modules"
-        raise NothingToMeasureError(f"the first step of the frozen model cannot be taken: {why}")
+        raise NothingToMeasureError(
+            f"the first step of the frozen model cannot be taken: {why}. Look at the data, or load the model in "
+            "float32."
+        )
     said(1)
     rows = list(first_rows) if 1 in grid.steps else []
     diverged: dict[Cell, int] = {}
@@ -292,6 +302,16 @@ def _measure(subject: Subject, grid: Grid, say: Progress) -> Found:
     transfers = transfers_of(Measured(grid, rows, diverged), tried)
     say("done", total, total)
     return Found(tuple(rows), diverged, transfers, skipped)
+
+
+def _refuse_ranks(grid: Grid, sites: Sequence[Site]) -> None:
+    """Refuse a rank that no weight has room for, before memory is asked for it."""
+    widest = max(max(site.in_features, site.out_features) for site in sites)
+    if grid.ranks[-1] > widest:
+        raise UsageError(
+            f"--ranks: {grid.ranks[-1]} is above the larger side of every module, {widest} at most; a rank past the "
+            "smaller side of a weight reaches no further update"
+        )
 
 
 def _size(cell: Cell, rows: Sequence[StabilityRow], sites: Sequence[Site]) -> float | None:

@@ -6,14 +6,15 @@ With B = 0 no branch speaks yet, so that every cell sees the same activations X 
 (tokens, out) of the module's output. dL/dB = s G' X A' and dL/dA = 0. One draw U of A serves all ranks, since they
 share its first rows: P = G' (X U') holds the gradient of every rank in its first columns, and K = U X_m' X_m U' of the
 measuring batch turns any B into the size of its branch, ||s B A x||^2 summed = s^2 tr(B K B'). So a module costs two
-thin products a draw; only K, rank by rank, is held between the two passes.
+thin products a draw; only K, rank by rank, is held between the two passes. Where all K together are too large, some
+modules go after the others, with two passes more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rankwise.records import StabilityRow
 from rankwise.tuning.stability.listening import Site, counted_rows, hooked, input_of
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
     from rankwise.tuning.stability.settings import Cell
     from rankwise.tuning.stability.subject import Subject
+
+MOST_SPREAD: Final = 2**30
+"""Bytes of K that are held at once; one module is the least."""
 
 Draw = tuple[str, int]
 """Init and seed: what a unit draw of A is made from."""
@@ -46,20 +50,29 @@ class FirstStep:
 
     def run(self) -> tuple[StabilityRow, ...]:
         """Return a row a cell and module."""
+        names = list(self.sites)
+        at_once = max(1, MOST_SPREAD // (4 * len(self.cells) * self.most**2))
+        parts = [names[start : start + at_once] for start in range(0, len(names), at_once)]
+        return tuple(row for part in parts for row in self._of(part))
+
+    def _of(self, names: Sequence[str]) -> tuple[StabilityRow, ...]:
+        """Return the rows of some modules."""
         import torch
 
-        layers = {name: site.layer for name, site in self.sites.items()}
+        layers = {name: self.sites[name].layer for name in names}
         with hooked(layers, self._measure):
             self.subject.probe()
         with hooked(layers, self._listen):
             loss = self.subject.losses(1, 1)[0]
             if loss.requires_grad:  # else no module is on the way to the loss
                 loss.backward()
-        for name in list(self.sites):
+        for name in names:
             if any(name == module for module, _ in self._pulls):
                 self._settle(name)
-        keys = list(self._found)
-        numbers = torch.stack([self._found[key].cpu() for key in keys]).tolist() if keys else []
+        found, self._found = self._found, {}
+        self._spread.clear()  # that of modules that the gradient did not reach
+        keys = list(found)
+        numbers = torch.stack([found[key].cpu() for key in keys]).tolist() if keys else []
         first = float(loss.detach())
         return tuple(
             self._row(cell, self.sites[name], size, gradient, first)

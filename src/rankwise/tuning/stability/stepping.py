@@ -52,6 +52,9 @@ DROWNED: Final = 10.0
 """So does a branch that many times as loud as what the frozen layers put out. A model that normalises its activations
 may hide it from the loss."""
 
+MOST_FACTORS: Final = 2**30
+"""Bytes of factors that are held at once, with their gradients, moments and last values; one cell is the least."""
+
 Said = Callable[[int], None]
 
 
@@ -91,7 +94,8 @@ def run_cells(
     waiting = [list(alike) for alike in _alike(cells)]
     while waiting:
         group = waiting.pop(0)
-        stack, rest = group[:most], group[most:]
+        fit = max(1, MOST_FACTORS // _bytes_of(sites, group[0].rank))
+        stack, rest = group[: min(most, fit)], group[min(most, fit) :]
         try:
             made = _Stack(subject, sites, stack, eps).run(steps, said, base)
         except torch.OutOfMemoryError as error:
@@ -108,6 +112,11 @@ def run_cells(
         if rest:
             waiting.insert(0, rest)
     return rows, diverged
+
+
+def _bytes_of(sites: Sequence[Site], rank: int) -> int:
+    """Return what the factors of one cell take: weights, gradients, two moments and a copy, float32."""
+    return 5 * 4 * rank * sum(site.in_features + site.out_features for site in sites)
 
 
 def base_losses(subject: Subject, steps: int) -> tuple[float, ...]:
