@@ -42,8 +42,8 @@ def measured(model: torch.nn.Module, base: dict[str, np.ndarray]) -> dict[str, f
     return {"norm": statistics.fmean(norms), "top8": statistics.fmean(tops), "effective_rank": statistics.fmean(wide)}
 
 
-def run(kind: str, seed: int, people: int, steps: int) -> list[dict[str, float]]:
-    """Fine-tune everything on one data set; return what was measured along the way."""
+def run(kind: str, seed: int, people: int, steps: int, keep: Path | None = None) -> list[dict[str, float]]:
+    """Fine-tune everything on one data set; return what was measured along the way, and keep the model where asked."""
     loaded = load_model("rankwise:tiny", device="cpu")
     model = loaded.model.train()
     names = target_modules(model)
@@ -74,6 +74,8 @@ def run(kind: str, seed: int, people: int, steps: int) -> list[dict[str, float]]
         if step % EVERY == 0:
             points.append({"step": step, "loss": loss.item(), **measured(model, base)})
             print(kind, seed, {k: round(v, 4) for k, v in points[-1].items()}, flush=True)
+    if keep is not None:
+        model.save_pretrained(keep / f"{kind}-{seed}")
     return points
 
 
@@ -95,9 +97,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--people", type=int, default=40)
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--keep", type=Path, help="folder for the tuned models")
     args = parser.parse_args()
     found = {
-        kind: {str(seed): run(kind, seed, args.people, args.steps) for seed in args.seeds}
+        kind: {str(seed): run(kind, seed, args.people, args.steps, args.keep) for seed in args.seeds}
         for kind in ("style", "facts")
     }
     args.out.write_text(json.dumps(found, indent=1) + "\n")

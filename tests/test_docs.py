@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 import rankwise
+import rankwise.records
 from rankwise import errors
 from rankwise.cli.main import COMMANDS
 from rankwise.findings import FINDINGS
@@ -351,3 +352,15 @@ def test_a_shown_output_has_to_be_printed_in_its_order() -> None:
     assert differs("a\nc\n", "a\nb\nc\n") is not None
     assert differs("a\n", "a\nb\n") is not None
     assert differs("a\n...\nd\n", "a\nb\n") is not None
+
+
+def test_the_history_of_records_names_every_format() -> None:
+    page = (DOCS / "reference" / "records.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z0-9/, -]+) \|", page.partition("## History")[2].partition("\n## ")[0], re.M)
+    named = {name for row in rows for name in row.split(", ")} - {"format", "---"}
+    formats = {
+        record.FORMAT.removeprefix("rankwise/")
+        for record in vars(rankwise.records).values()
+        if isinstance(record, type) and issubclass(record, rankwise.records.Record) and record.FORMAT
+    }
+    assert named == formats

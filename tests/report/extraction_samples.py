@@ -75,6 +75,9 @@ CALIBRATED = Calibration(
     tuned_loss=2.5,
     adapter_loss=2.6,
     plain_loss=2.7,
+    loss_difference=0.2,
+    loss_difference_plain=0.25,
+    inputs="tuned",
 )
 
 MANY = tuple(module(f"model.layers.{i}.q_proj", error=0.05 + i / 500, rank=4 + i % 5) for i in range(60))

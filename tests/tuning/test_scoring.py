@@ -26,7 +26,8 @@ POOL = 8
 """Tokens 0 to 7 are the values of a pool; ASK comes before them."""
 ASK = POOL
 FLOAT32 = 1e-6
-"""Losses are taken in float32: a few units in the last place."""
+"""Losses are taken in float32: a few units in the last place, of the sum over the vocabulary where that is the larger:
+it is near 1, so that its logarithm is off by as much however small the loss. Which units depends on the processor."""
 
 
 class Table(torch.nn.Module):
@@ -96,7 +97,7 @@ def test_the_bits_of_a_fact_are_those_of_its_pool_less_the_loss(right: float) ->
     """log2(pool) - loss / ln 2, where the loss is -ln p."""
     (answer,) = answers(Table(table(right)), [fact()])
     assert answer.tokens == 1
-    assert answer.loss == pytest.approx(-math.log(right), rel=FLOAT32)
+    assert answer.loss == pytest.approx(-math.log(right), rel=FLOAT32, abs=FLOAT32)
     assert bits_known(Table(table(right)), fact()) == pytest.approx(math.log2(POOL) + math.log2(right), abs=FLOAT32)
 
 
