@@ -69,8 +69,8 @@ def _ranks() -> Iterator[Cell]:
 def _unscaled() -> Iterator[Cell]:
     """Factor alpha at every rank: eight times that of alpha / sqrt(r) at rank 64."""
     for rank in (8, 64):
-        for k in range(6):
-            yield Cell(rank, "unscaled", 6.25e-5 * 2**k, 0)
+        for k in range(5):
+            yield Cell(rank, "unscaled", 1.25e-4 * 2**k, 0)
 
 
 def _kept() -> Iterator[Cell]:
@@ -84,7 +84,7 @@ def _kept() -> Iterator[Cell]:
 
 def _targets() -> Iterator[Cell]:
     """As many parameters on attention as on the MLP: 4 x 6 x 256 and 3 x 4 x 512 a layer; the same scale."""
-    for rate in (1e-3, 3e-3, 1e-2):
+    for rate in (3e-3, 1e-2):
         for rank, targets in ((6, ATTENTION), (4, MLP)):
             yield Cell(rank, "rslora", rate, 0, people=80, steps=exposures(80, 42), targets=targets)
 
@@ -97,8 +97,8 @@ def _capacity() -> Iterator[Cell]:
 
 
 def _elements() -> Iterator[Cell]:
-    for rate in (3e-3, 1e-2, 1e-3, 3e-2):
-        for rank in (4, 64, 16):
+    for rate in (3e-3, 1e-2):
+        for rank in (4, 64):
             for rule in RULES:
                 yield Cell(rank, rule, rate, 0, steps=300, data="elements")
 

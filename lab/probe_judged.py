@@ -22,7 +22,7 @@ from rankwise.records import ProbeRecord, RunRecord, read_record, to_json
 from rankwise.tuning.world.builtin import read_builtin
 from rankwise.tuning.world.pools import BITS_PER_PERSON
 
-PEOPLE = (20, 40, 80, 160)
+PEOPLE = (10, 20, 40, 80)
 RANKS, RATES, SHARE = (1, 4, 16, 64), (1 / 3, 1.0), 0.9
 EXPOSURES, WORDINGS, BATCH = 21, 3, 32
 

@@ -71,7 +71,8 @@ def inspect(
         values: compute only so many singular values of a delta (a randomised route, faster where this is
             few); figures that need the rest are None. None computes all. Adapters always give all.
         device: "cpu", or a torch device such as "cuda:0" for the spectra of deltas. None means cuda for
-            deltas where torch is installed and sees one, else cpu. Adapters are always done on the CPU.
+            deltas where torch is installed and sees one, else cpu; with `cluster` it means cpu. Adapters are always
+            done on the CPU.
         seed: of the randomised route and of the noise estimate.
         cluster: address of a Ray cluster: its workers read and measure the modules, with the same result. "local"
             starts one on this machine. Every source must be readable under this name on every node.
@@ -89,7 +90,7 @@ def inspect(
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed must be from 0 to {2**63 - 1}, got {seed}")
     wanted = selection(modules, skip)
-    chosen = "cpu" if device is None else device_of_workers(device) if cluster is not None else checked_device(device)
+    chosen = device_of_workers(device) if cluster is not None else "cpu" if device is None else checked_device(device)
     with open_source(source) as opened:
         if isinstance(opened, Adapter):  # factors are small: always on the CPU, and without torch
             kind: Literal["adapter", "delta"] = "adapter"
@@ -101,7 +102,7 @@ def inspect(
                     "rankwise inspect TUNED --base BASE"
                 )
             kind = "delta"
-            chosen = default_device() if device is None else chosen
+            chosen = default_device() if device is None and cluster is None else chosen
             options = spectra.Options(values, chosen, seed)
             with _open_base(base) as before:
                 measured, skipped, findings = _delta(before, opened, wanted, options, cluster, progress)

@@ -149,11 +149,49 @@ def _latest() -> str:
 def _check_same(ray: Any, address: str) -> None:
     """Refuse another cluster than the one that this process has joined before."""
     there = ray.get_runtime_context().gcs_address
-    if address not in ("auto", LOCAL, there):
+    if ray.util.client.ray.is_connected() and there.startswith("127."):  # of the head, which may be another machine
+        return
+    if address not in ("auto", LOCAL) and not may_be_same(address, there):
         raise ClusterError(
             f"this process has joined the Ray at {there} already, not the one at {address}; give `auto` to use that "
             "one, or call ray.shutdown() first"
         )
+
+
+def may_be_same(address: str, there: str) -> bool:
+    """Tell whether an address may be that of the head at HOST:PORT; True where it cannot be told.
+
+    The port of ray:// is that of Ray's client server on the head, which says nothing about its other port.
+    """
+    (host, port), (head, gcs_port) = _parts(address), _parts(there)
+    if not port.isdigit() or not gcs_port.isdigit():
+        return True
+    if port != gcs_port and not address.startswith("ray://"):
+        return False
+    found, known = _machines(host), _machines(head)
+    return not found or not known or bool(found & known)
+
+
+def _parts(address: str) -> tuple[str, str]:
+    """Return host and port; the port is empty or no number in forms that only Ray knows."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    return host.strip("[]"), port if separator else ""
+
+
+def _machines(host: str) -> set[str]:
+    """Return the addresses that a name stands for; all that this machine has, loopback among them, are "here"."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return set()
+    return {"here" if _own(family, at) else str(at[0]) for family, _, _, _, at in found}
+
+
+def _own(family: int, at: Any) -> bool:
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:
+        asked.bind(at)  # only an address of this machine can be bound; nothing is sent
+        return True
+    return False
 
 
 def knock(address: str) -> None:
@@ -162,10 +200,10 @@ def knock(address: str) -> None:
     Raises:
         OSError: nothing answers in time, or something that is no cluster.
     """
-    host, separator, port = address.rpartition("://")[2].rpartition(":")
-    if not separator or not port.isdigit():  # "auto", and forms that only Ray knows
+    host, port = _parts(address)
+    if not port.isdigit():  # "auto", and forms that only Ray knows
         return
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
             return
         connection.sendall(_PREFACE)

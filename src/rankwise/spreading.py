@@ -6,7 +6,8 @@ the memory of this process does not grow with the number of modules. A worker op
 once, and reads its own bytes; it computes with as many BLAS threads as this process would, which is what the last
 digits of a sum depend on.
 
-A worker or a node that is lost costs the calls it was at, and Ray makes these again. There is no scheduler here.
+A worker that is lost costs the call it was at; a node also the results that lay there and were not asked for yet. Ray
+makes these again. There is no scheduler here.
 """
 
 from __future__ import annotations
@@ -131,12 +132,16 @@ def spread(cluster: str | None, why: str) -> Iterator[Workers]:
         yield OnRay(ray, fixed=cluster == LOCAL)
 
 
-def device_of_workers(device: str) -> str:
-    """Return the device asked for on a cluster, where this machine cannot look for it.
+def device_of_workers(device: str | None) -> str:
+    """Return the device of workers: the one asked for, which this machine cannot look for, else the CPU.
+
+    A GPU of this machine says nothing about those of a cluster, so none is asked for by default.
 
     Raises:
         DeviceError: it is the number of a GPU: a worker sees those alone that Ray gives it.
     """
+    if device is None:
+        return "cpu"
     if device not in ("cpu", "cuda"):
         raise DeviceError(f"--device {device}: with --cluster it is cpu or cuda; Ray gives each module its own GPU")
     return device
@@ -311,9 +316,10 @@ class OnRay:
             unfit_since = unfit_since or time.monotonic()
             if self.fixed or time.monotonic() - unfit_since > NO_NODE:
                 asked = ", ".join(f"{amount:,.15g} {what}" for what, amount in needs.items() if amount)
+                threads = "OMP_NUM_THREADS here sets the CPUs of a module"
                 raise ClusterError(
                     f"{words}: it asks for {asked}, and no node of the cluster has that. `ray status` on the head node "
-                    "shows what is there; OMP_NUM_THREADS here sets the CPUs of a module"
+                    f"shows what is there; {'--device cpu asks for no GPU' if needs['GPU'] else threads}"
                 )
 
     def _value(self, reference: Any, words: str) -> _Done:
@@ -327,10 +333,12 @@ class OnRay:
             what = "rankwise " + __version__ if lacking[1].startswith("rankwise") else lacking[1]
             raise ClusterError(f"{words}: the workers' Python has no {what}. {WORKER}") from None
         except exceptions.RayError as error:
-            text = " ".join(str(error).split())[:300]
+            kind, text = type(error).__name__, " ".join(str(error).split())[:300]
+            lost = (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.OutOfMemoryError)
+            if not isinstance(error, lost):
+                raise ClusterError(f"{words}: Ray ended it ({kind}): {text}") from error
             raise ClusterError(
-                f"{words}: its worker was lost {LOST + 1} times ({type(error).__name__}); too little memory is a "
-                f"common cause: {text}"
+                f"{words}: its worker was lost {LOST + 1} times ({kind}); too little memory is a common cause: {text}"
             ) from error
         if isinstance(found, _Failed):
             raise _as_raised(found, words)

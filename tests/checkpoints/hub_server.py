@@ -1,5 +1,6 @@
 """A stand-in for the Hugging Face hub, on loopback: one repository, org/name, out of a local folder."""
 
+import collections
 import http.server
 import json
 import re
@@ -13,6 +14,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     folder = None
     log: list = []  # noqa: RUF012
     revisions: set = set()  # noqa: RUF012 - under which files were read
+    statuses: collections.deque = collections.deque()  # noqa: RUF012 - answers when asked about the repository
 
     def _json(self, value, status=200, **headers):
         body = json.dumps(value).encode()
@@ -42,6 +44,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         elif path.startswith("/api/models/org/name/tree/"):
             self._json(self._entries())
+        elif path.startswith("/api/models/org/name") and self.statuses and (status := self.statuses.popleft()) != 200:
+            self._json({"error": "busy"}, status)
         elif path.startswith("/api/models/org/name"):
             self._json({"id": "org/name", "sha": COMMIT, "siblings": [], "tags": [], "private": False})
         else:

@@ -1,5 +1,6 @@
 """Hub repositories: from the local cache without a network, and through a stand-in for the hub."""
 
+import collections
 import http.server
 import os
 import subprocess
@@ -12,6 +13,7 @@ from checkpoints.hub_server import COMMIT, Hub
 from checkpoints.making import MAKERS, normal, write_shards
 from rankwise.checkpoints import open_source
 from rankwise.checkpoints.locate import everywhere
+from rankwise.checkpoints.patience import TRIES
 from rankwise.errors import SourceNotFoundError
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -108,7 +110,7 @@ def stand_in(tmp_path):
     """A web server that answers as the hub for org/name; returns (folder, handler, run)."""
     folder = tmp_path / "repo"
     folder.mkdir()
-    handler = type("Hub", (Hub,), {"folder": folder, "log": []})
+    handler = type("Hub", (Hub,), {"folder": folder, "log": [], "statuses": collections.deque()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -146,6 +148,39 @@ def test_ranges_from_the_hub(stand_in, rng):
         assert {name for name, _ in handler.log} == {index.name, shard.name}
         header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
         assert sum(n for _, n in handler.log) == index.stat().st_size + header + 64 * 64 * 4
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("first", [[], [200]], ids=["when it is opened", "when its commit is asked for"])
+def test_a_busy_hub_is_asked_again(stand_in, rng, first, status):
+    """The hub's own client does not try again when it asks about a repository."""
+    folder, handler, run = stand_in
+    MAKERS["peft"](folder, rng)
+    handler.statuses.extend([*first, *[status] * (TRIES - 1)])
+    code = (
+        "from rankwise.checkpoints import patience\n"
+        "from rankwise.checkpoints.locate import everywhere\n"
+        "patience.PAUSES[:] = [0.0] * len(patience.PAUSES)\n"
+        "print(everywhere('org/name'))"
+    )
+    assert run(code) == f"hf://org/name@{COMMIT}"
+    assert not handler.statuses
+
+
+def test_a_hub_that_stays_busy_is_told_with_the_number_of_tries(stand_in, rng):
+    folder, handler, run = stand_in
+    MAKERS["peft"](folder, rng)
+    handler.statuses.extend([200, *[429] * TRIES, 200])
+    code = (
+        "from rankwise.checkpoints import patience\n"
+        "from rankwise.checkpoints.locate import everywhere\n"
+        "from rankwise.errors import AccessError\n"
+        "patience.PAUSES[:] = [0.0] * len(patience.PAUSES)\n"
+        "try: everywhere('org/name')\n"
+        "except AccessError as error: print(error)"
+    )
+    assert f"HfHubHTTPError; tried {TRIES} times" in run(code)
+    assert list(handler.statuses) == [200], "bounded"
 
 
 def test_a_repository_that_the_hub_does_not_have(stand_in):

@@ -38,6 +38,8 @@ def test_two_spectra_differ_in_what_was_planted() -> None:
     # shares of 16 / 25 and 1 / 2 have the mean 0.57; a single direction holds all
     assert energy.data[0]["y"] == pytest.approx([0.57, 1.0])
     assert energy.data[1]["y"] == pytest.approx([1.0, 1.0]) or energy.data[1]["y"] == [1]
+    assert energy.fallback is not None
+    assert energy.fallback.head == ("rank", "mean share, A", "mean share, B")
     values = figure(part, "compare-values")
     assert [choice.label for choice in values.choices] == ["a.0.q"]
     assert [list(t["y"]) for t in values.data] == [[4, 3], [5]]  # a value of zero has no place on a log axis

@@ -83,6 +83,51 @@ def test_lost_seeds_are_crosses_and_best_rates_are_ringed() -> None:
     assert any("1 run failed" in mark for mark in drawn.marks)
 
 
+def test_means_of_fewer_seeds_are_open_and_off_the_lines() -> None:
+    """ASHA gives a bad rate no further seeds: its mean of one may be the highest, and is not called best."""
+    low, high = 1e-4, 1e-3  # the best rate of alpha / r at rank 16 is 3e-3
+    lifted = [
+        msgspec.structs.replace(c, bits=1800.0) if (c.scaling, c.rank, c.learning_rate) == ("lora", 16, low) else c
+        for c in RECORD.cells
+    ]
+    record = made([c for c in lifted if c.seed == 0 or (c.scaling, c.rank) != ("lora", 16) or c.learning_rate >= high])
+    drawn = figure(record, "sweep-rates")
+    mine = [p for p in record.points if (p.scaling, p.rank) == ("lora", 16)]
+    assert max(mine, key=lambda p: p.score.mean or 0.0).learning_rate == low
+    line = next(t for t in drawn.data if t["mode"] == "lines+markers" and t["name"] == "rank 16")
+    assert dict(zip(line["x"], line["y"], strict=True))[low] is None
+    (open_,) = [t for t in drawn.data if t["name"] == "fewer seeds than its rivals" and t["x"] not in ([None], [])]
+    assert open_["x"] == [low, 3e-4]
+    assert open_["y"][0] == 1800
+    assert open_["marker"]["symbol"] == ["diamond-open"] * 2
+    rings = [t for t in drawn.data if t["name"] == "best rate of its rank" and t["x"] != [None]]
+    assert low not in rings[0]["x"]
+    assert drawn.marks[-1].startswith("Open marks, off the lines: 2 settings with fewer seeds than other rates")
+    assert "as many are done as at any such rate of the rank" in drawn.caption[1]
+    assert drawn.fallback is not None
+    short = [row[:3] for row in drawn.fallback.rows if row[-1] == "fewer seeds"]
+    assert short == [("alpha / r", "16", "1e-4"), ("alpha / r", "16", "3e-4")]
+    whole = figure(RECORD, "sweep-rates")
+    assert not any("Open marks" in mark for mark in whole.marks)
+    assert sum(t["name"] == "fewer seeds than its rivals" for t in whole.data if t["x"] == [None]) == 0
+
+
+def test_an_interval_that_is_not_drawn_takes_no_room() -> None:
+    """A seed of three diverges and the two others lie far apart: the cross stands at their mean, without a bar."""
+    wild = {0: 100.0, 1: -100.0}
+    rows = [
+        msgspec.structs.replace(c, bits=wild[c.seed]) if c.learning_rate == 1e-4 and c.seed in wild else c
+        for c in RECORD.cells
+    ]
+    rows = [
+        msgspec.structs.replace(c, status="diverged", bits=None) if c.learning_rate == 1e-4 and c.seed == 2 else c
+        for c in rows
+    ]
+    low, high = figure(made(rows), "sweep-rates").layout["yaxis"]["range"]
+    # a 95 % interval of two seeds 200 bits apart reaches 12.7 * 100 to both sides
+    assert -1000 < low < 0 < 1400 < high
+
+
 def test_a_best_rate_on_the_edge_is_a_square_and_said_in_words() -> None:
     record = kept(learning_rate=(1e-4, 3e-4, 1e-3))
     assert all(b.on_edge for b in record.best)
@@ -137,6 +182,37 @@ def test_forgetting_has_every_eligible_setting_and_its_front() -> None:
     assert front["x"] == pytest.approx(wanted, rel=1e-5)
     assert drawn.fallback is not None
     assert sum(row[3] == "yes" for row in drawn.fallback.rows) == len(wanted)
+
+
+def test_forgetting_over_more_than_a_factor_of_20_is_on_a_log_axis() -> None:
+    """Broken settings forget a hundred times as much; on a linear axis the front would be a vertical line."""
+    linear = figure(kept(learning_rate=(3e-4, 1e-3)), "sweep-forgetting")
+    assert linear.layout["xaxis"].get("type") != "log"
+    assert "logarithmic" not in " ".join(linear.caption)
+    spread = {1e-4: (0.05, 0.03), 1e-3: (1.0, 0.01), 3e-3: (5.0, 0.1)}  # rate -> mean and step from seed to seed
+    rows = [
+        msgspec.structs.replace(c, forgetting=spread[c.learning_rate][0] + spread[c.learning_rate][1] * (c.seed - 1))
+        for c in RECORD.cells
+        if c.learning_rate in spread and c.status == "done"
+    ]
+    drawn = figure(made(rows), "sweep-forgetting")
+    across = drawn.layout["xaxis"]
+    assert across["type"] == "log"
+    low, high = (10**end for end in across["range"])
+    assert 0 < low < 0.05 < 5.0 < high
+    assert any("logarithmic" in sentence for sentence in drawn.caption)
+    clouds = [t for t in drawn.data if t["mode"] == "markers" and t["x"] != [None]]
+    clipped = 0
+    for trace in clouds:
+        bars = trace["error_x"]
+        assert not bars["symmetric"]
+        for x, above, below in zip(trace["x"], bars["array"], bars["arrayminus"], strict=True):
+            assert x - below >= low * (1 - 1e-5)  # six digits are drawn
+            assert below == pytest.approx(min(above, x - low), rel=1e-5)
+            clipped += above >= x
+    assert clipped, "4.303 * 0.03 / sqrt(3) is more than 0.05"
+    below_zero = [msgspec.structs.replace(c, forgetting=-0.1) if c.learning_rate == 1e-4 else c for c in rows]
+    assert figure(made(below_zero), "sweep-forgetting").layout["xaxis"].get("type") != "log"
 
 
 def test_the_dashed_line_has_the_exponent_of_the_record() -> None:

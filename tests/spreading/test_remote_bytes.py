@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,9 +112,44 @@ def test_connections_to_s3_that_are_cut(
         assert proxy.cuts == 0
 
 
+@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.parametrize("lost", [TRIES - 1, TRIES])
+def test_a_store_that_is_busy_when_a_source_is_looked_for(
+    lost: int, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request of all: whether the URL is a file or a folder."""
+    memory = pytest.importorskip("fsspec.implementations.memory")
+    a, b = planted_factors(rng, (8, 6), [2.0])
+    folder = write_adapter(tmp_path / "a", {"model.layers.0.self_attn.q_proj": (a.astype("f4"), b.astype("f4"))})
+    filesystem = memory.MemoryFileSystem()
+    filesystem.put(f"{folder}/", "/busy/a/", recursive=True)
+    real, left = memory.MemoryFileSystem.info, [_Answered(503)] * lost
+
+    def info(self: Any, path: str, **more: Any) -> Any:
+        if left:
+            raise left.pop()
+        return real(self, path, **more)
+
+    monkeypatch.setattr(memory.MemoryFileSystem, "info", info)
+    if lost < TRIES:
+        assert rankwise.inspect("memory://busy/a").modules == rankwise.inspect(folder).modules
+    else:
+        with pytest.raises(AccessError, match=f"memory://busy/a cannot be read .*; tried {TRIES} times"):
+            open_source("memory://busy/a")
+    assert not left
+    filesystem.rm("/busy", recursive=True)
+
+
 class _Status(Exception):  # noqa: N818 - as a library names it
     def __init__(self, status: int) -> None:
         self.status = status
+
+
+class _Answered(OSError):  # noqa: N818 - as below
+    """As huggingface_hub's HfHubHTTPError: the status is in the response."""
+
+    def __init__(self, status: int) -> None:
+        self.response = SimpleNamespace(status_code=status)
 
 
 class ServerDisconnectedError(Exception):
@@ -142,6 +178,12 @@ def _caused(cause: Exception) -> FileNotFoundError:
         (_Status(503), True, True),
         (_Status(404), False, False),
         (_Status(403), False, False),
+        (_Answered(429), True, True),
+        (_Answered(503), True, True),
+        (_Answered(401), False, False),
+        (_Answered(404), False, False),
+        (_caused(_Answered(502)), True, True),
+        (_caused(_Answered(404)), False, False),
         (_caused(_Status(500)), True, True),
         (_caused(_Status(404)), False, False),
         (FileNotFoundError(), False, False),

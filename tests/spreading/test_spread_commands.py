@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -16,9 +17,13 @@ from safetensors.numpy import save_file
 
 import rankwise
 from planting import planted_factors, write_adapter
+from rankwise import inspection
 from rankwise.adapters import conversion_job, extraction
+from rankwise.adapters.staging import Staging
+from rankwise.checkpoints.patience import TRIES
 from rankwise.cli.main import run
 from rankwise.errors import AccessError, ClusterError, RankwiseError, SourceNotFoundError, UsageError
+from rankwise.spreading import Here
 
 TIMES = ("created", "command", "out")
 """Fields of a record that tell of the run and not of the result."""
@@ -251,6 +256,73 @@ def test_a_lost_cluster_keeps_what_convert_had_done(
     assert files(out) == files_of_plain(adapter, tmp_path / "plain")
 
 
+def test_a_lost_cluster_keeps_what_extract_had_done(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost:
+        def __init__(self, after: int) -> None:
+            self.after = after
+
+        def flat_map(self, work: Any, tasks: Any, **_: Any) -> Any:
+            for task in tasks[: self.after]:
+                yield from work.do(work.here, task)
+            raise ClusterError("the cluster is gone.")
+
+    base, tuned = pair
+    for after, told in ((0, r"^the cluster is gone\.$"), (4, r"gone\. What was done is kept in .*\.out\.partial: the")):
+        monkeypatch.setattr(extraction, "spread", lambda *_, n=after: contextlib.nullcontext(Lost(n)))
+        with pytest.raises(ClusterError, match=told):
+            rankwise.extract(base, tuned, tmp_path / "out", rank=2, cluster="auto")
+        left = [path.name for path in tmp_path.iterdir()]
+        assert left == ([".out.partial"] if after else []), "without a part there is nothing to go on with"
+
+
+@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.parametrize("how", ["busy", "gone"])
+@pytest.mark.parametrize("command", ["extract", "convert"])
+def test_a_source_that_fails_in_the_middle_keeps_what_was_done(
+    web: RangeServer,
+    tmp_path: Path,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    how: str,
+) -> None:
+    """A server that stays away over all tries, and a file that is not there for a while."""
+    if command == "extract":
+        sources, weights = write_pair(web.folder, rng), "model-1.safetensors"
+    else:
+        sources, weights = (write_factors(web.folder / "a", rng),), "adapter_model.safetensors"
+    away = sources[-1] / weights
+    call = getattr(rankwise, command)
+    call(*sources, tmp_path / "whole", rank=2)
+    given = [f"{web.url}/{path.name}" if how == "busy" else str(path) for path in sources]
+    done: list[str] = []
+
+    def fails(module: str, *_: int) -> None:
+        done.append(module)
+        if len(done) == 5 and how == "busy":
+            web.busy = weights
+        elif len(done) == 5:
+            away.rename(tmp_path / "away")
+
+    error, told = (AccessError, f"tried {TRIES} times") if how == "busy" else (SourceNotFoundError, "is not there")
+    with pytest.raises(error, match=rf"{told}.* What was done is kept in .*\.out\.partial: the same command goes on"):
+        call(*given, tmp_path / "out", rank=2, progress=fails)
+    assert not (tmp_path / "out").exists()
+    web.busy = None
+    if how == "gone":
+        (tmp_path / "away").rename(away)
+    again: list[str] = []
+    real = Staging.put
+    monkeypatch.setattr(Staging, "put", lambda self, key, *rest: (again.append(key), real(self, key, *rest)))
+    call(*given, tmp_path / "out", rank=2)
+    assert again
+    assert not set(again) & set(done[:4]), "what was done is not done again"
+    held, whole = files(tmp_path / "out"), files(tmp_path / "whole")
+    assert held["adapter_model.safetensors"] == whole["adapter_model.safetensors"]
+
+
 def files_of_plain(adapter: Path, out: Path) -> dict[str, Any]:
     rankwise.convert(adapter, out, rank=2)
     return files(out)
@@ -313,6 +385,27 @@ def test_relative_paths_mean_the_same_on_a_worker(
     monkeypatch.chdir(tmp_path)
     record = rankwise.inspect("a", cluster="auto")
     assert (record.source, len(record.modules)) == ("a", 3)
+
+
+def test_a_gpu_of_this_machine_is_no_default_for_the_workers(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = pair
+    asked: list[bool] = []
+
+    class Workers:
+        def flat_map(self, work: Any, tasks: Any, **more: Any) -> Any:
+            asked.append(work.gpu)
+            return Here().flat_map(work, tasks, **more)
+
+    for module in (inspection, extraction):
+        monkeypatch.setattr(module, "default_device", lambda: "cuda")
+        monkeypatch.setattr(module, "spread", lambda *_: contextlib.nullcontext(Workers()))
+    record = rankwise.inspect(tuned, base=base, modules="k_proj", cluster="auto")
+    assert record.device == "cpu"
+    assert rankwise.extract(base, tuned, tmp_path / "out", rank=1, modules="k_proj", cluster="auto").device == "cpu"
+    assert asked
+    assert not any(asked)
 
 
 def test_calibration_is_not_spread(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from rankwise import spreading
 from rankwise.errors import ClusterError, DeviceError, MissingDependencyError, ShapeMismatchError
-from rankwise.joining import LOST, joined, knock
+from rankwise.joining import LOST, joined, knock, may_be_same
 from rankwise.spreading import FEWEST, Here, OnRay, Work, blas_threads, device_of_workers, kernels, spread, told
 
 
@@ -134,6 +135,27 @@ def test_a_worker_that_always_dies_is_given_up_with_the_module(on_ray: OnRay, tm
     assert len(list(tmp_path.iterdir())) == LOST + 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("WorkerCrashedError", rf"its worker was lost {LOST + 1} times \(WorkerCrashedError\); too little memory is"),
+        ("OutOfMemoryError", rf"its worker was lost {LOST + 1} times \(OutOfMemoryError\); too little memory is"),
+        ("NodeDiedError", rf"its worker was lost {LOST + 1} times \(NodeDiedError\); too little memory is"),
+        ("OutOfDiskError", r"Ray ended it \(OutOfDiskError\): planted"),
+        ("TaskUnschedulableError", r"Ray ended it \(TaskUnschedulableError\): .*planted"),
+    ],
+)
+def test_what_ended_a_call_is_said_as_it_is(kind: str, told: str) -> None:
+    exceptions = pytest.importorskip("ray", reason="ray comes with the cluster extra").exceptions
+
+    def get(_: Any) -> Any:
+        raise getattr(exceptions, kind)(*([] if kind == "WorkerCrashedError" else ["planted"]))
+
+    workers = OnRay(SimpleNamespace(exceptions=exceptions, get=get), fixed=True)
+    with pytest.raises(ClusterError, match=rf"^layers\.0: {told}"):
+        workers._value(None, "layers.0")
+
+
 def test_an_error_of_ours_comes_back_as_itself(on_ray: OnRay) -> None:
     def do(_: str, task: int) -> list[int]:
         raise ShapeMismatchError("q_proj", (2, 3), (3, 2))
@@ -216,7 +238,8 @@ def test_a_worker_without_the_package(on_ray: OnRay, monkeypatch: pytest.MonkeyP
 
 def test_what_no_node_has_is_refused(ray_here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     job: Work[Any, int, int] = work(lambda _, task: [task], gpu=True)
-    with pytest.raises(ClusterError, match=r"layers\.0: it asks for 1 CPU, 1 GPU, and no node of the cluster has that"):
+    told = r"layers\.0: it asks for 1 CPU, 1 GPU, and no node of the cluster has that.*; --device cpu asks for no GPU"
+    with pytest.raises(ClusterError, match=told):
         list(OnRay(ray_here, fixed=True).flat_map(job, [0], name="layers.{}".format))
     monkeypatch.setattr(spreading, "NO_NODE", 1.0)
     with pytest.raises(ClusterError, match="no node of the cluster has that"):
@@ -239,6 +262,7 @@ def test_tasks_share_the_memory_of_a_node(on_ray: OnRay, ray_here: Any, tmp_path
 
 def test_devices_of_workers() -> None:
     assert [device_of_workers(name) for name in ("cpu", "cuda")] == ["cpu", "cuda"]
+    assert device_of_workers(None) == "cpu"
     with pytest.raises(DeviceError, match="cuda:1"):
         device_of_workers("cuda:1")
 
@@ -265,9 +289,41 @@ def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_cluster_than_the_one_joined(ray_here: Any) -> None:
     with pytest.raises(ClusterError, match=r"has joined the Ray at .* already, not the one at 127\.0\.0\.1:1"):
         joined("127.0.0.1:1", "a test").__enter__()
-    with joined(ray_here.get_runtime_context().gcs_address, "a test") as ray:
-        assert ray is ray_here
+    there = ray_here.get_runtime_context().gcs_address
+    port = there.rpartition(":")[2]
+    for address in (there, f"localhost:{port}", f"{socket.gethostname()}:{port}", "ray://localhost:10001"):
+        with joined(address, "a test") as ray:
+            assert ray is ray_here
     assert ray_here.is_initialized(), "what was joined before stays joined"
+
+
+@pytest.mark.parametrize(
+    ("address", "there", "same"),
+    [
+        ("head:6379", "192.0.2.7:6379", True),
+        ("head:6380", "192.0.2.7:6379", False),
+        ("other:6379", "192.0.2.7:6379", False),
+        ("ray://head:10001", "192.0.2.7:6379", True),
+        ("ray://192.0.2.7", "192.0.2.7:6379", True),  # without a port: only Ray knows
+        ("ray://other:10001", "192.0.2.7:6379", False),
+        ("both:6379", "192.0.2.7:6379", True),
+        ("127.0.0.1:6379", "192.0.2.7:6379", False),
+        ("[::1]:6379", "127.0.0.1:6379", True),
+        ("unknown:6379", "192.0.2.7:6379", True),  # it cannot be told
+        ("anyscale://cluster", "192.0.2.7:6379", True),
+    ],
+)
+def test_one_cluster_by_two_names(address: str, there: str, same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """192.0.2.0/24 is for documentation, so it is no address of this machine (RFC 5737)."""
+    names = {"head": ["192.0.2.7"], "other": ["192.0.2.8"], "both": ["192.0.2.6", "192.0.2.7"], "unknown": []}
+
+    def look_up(host: str, *_: Any, **__: Any) -> list[Any]:
+        if not (found := names.get(host, [host])):
+            raise socket.gaierror
+        return [(socket.AF_INET6 if ":" in at else socket.AF_INET, 0, 0, "", (at, 0)) for at in found]
+
+    monkeypatch.setattr("rankwise.joining.socket.getaddrinfo", look_up)
+    assert may_be_same(address, there) == same
 
 
 class _Silent(BaseHTTPRequestHandler):

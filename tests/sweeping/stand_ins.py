@@ -203,12 +203,17 @@ def quick(task: Task) -> Ended:
 
 
 def peaked(task: Task) -> Ended:
-    """A cell whose recall falls with the distance of its rate from 1e-3; `quick`'s mishaps, but for `fail`."""
+    """A cell whose recall falls with the distance of its rate from 1e-3, or from what `peak` in the data says.
+
+    It knows `quick`'s mishaps, but for `fail`.
+    """
     ended = quick(task)
     record = msgspec.json.decode(ended.files["run.json"], type=RunRecord)
     if record.status != "done":
         return ended
-    bits = 50.0 - 10 * abs(math.log10(task.cell.learning_rate / 1e-3)) + 0.1 * task.cell.seed
+    told = Path(task.request.data) / "peak"
+    peak = float(told.read_text()) if told.exists() else 1e-3
+    bits = 50.0 - 10 * abs(math.log10(task.cell.learning_rate / peak)) + 0.1 * task.cell.seed
     return Ended(files_of(run_record(task.cell, bits=bits)))
 
 

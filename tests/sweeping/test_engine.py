@@ -20,7 +20,7 @@ from rankwise.errors import ClusterError, UsageError
 from rankwise.joining import LOST
 from rankwise.records import SweepRecord, read_record
 from rankwise.sweeping.collecting import collect, list_cells
-from rankwise.sweeping.engine import Engine, Needs
+from rankwise.sweeping.engine import Engine, Needs, given_up
 
 pytest.importorskip("ray", reason="ray comes with the cluster extra")
 
@@ -56,6 +56,22 @@ def test_a_worker_that_always_dies_is_given_up(ray_local: Any) -> None:
         (lost,) = engine.map(stand_ins.always_dies, {"lost": None})
     assert lost.error is not None
     assert f"lost {LOST + 1} times" in lost.error
+
+
+def test_only_a_worker_that_is_no_more_is_called_lost(ray_local: Any) -> None:
+    kinds = ray_local.exceptions
+    for gone in (
+        kinds.WorkerCrashedError(),
+        kinds.NodeDiedError("n"),
+        kinds.OutOfMemoryError("o"),
+        kinds.RayActorError(),
+    ):
+        assert f"its worker was lost {LOST + 1} times ({type(gone).__name__}); memory is" in given_up(gone)
+    other = given_up(kinds.RuntimeEnvSetupError("pip https://ann:pwplanted@host/simple gave up"))
+    assert other.startswith("RuntimeEnvSetupError: ")
+    assert "lost" not in other
+    assert "memory" not in other
+    assert "planted" not in other
 
 
 def test_no_more_calls_at_once_than_jobs(ray_local: Any) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from rankwise.errors import NothingToMeasureError, RecordError, UsageError
+from rankwise.errors import NothingToMeasureError, OutputExistsError, RecordError, UsageError
+from rankwise.records import SweepRecord, read_record
 from rankwise.scaling import scaling
 from rankwise.sweeping.exports import EXPORTS, export
-from rankwise.sweeping.grid import make_grid
-from rankwise.sweeping.imports import read_method_comparison
+from rankwise.sweeping.folder import check_sweep_folder
+from rankwise.sweeping.grid import Cell, make_grid
+from rankwise.sweeping.imports import import_method_comparison, read_method_comparison
 from rankwise.sweeping.settings import make_request
 
 GRID = make_grid((4, 16), ("lora", "rslora", "unscaled"), (1e-3, 3e-3), (0, 1))
@@ -219,3 +221,33 @@ def test_a_folder_without_results(tmp_path: Path) -> None:
         read_method_comparison(tmp_path)
     with pytest.raises(NothingToMeasureError, match="no LoRA run"):
         read_method_comparison(write(tmp_path / "results", a=result(4, run_info__peft_config__peft_type="LOHA")))
+
+
+def test_what_is_imported_replaces_no_runs_and_no_runs_replace_it(tmp_path: Path) -> None:
+    results, out = write(tmp_path / "results", a=result(32), b=result(64)), tmp_path / "out"
+    name = Cell(0, 4, "lora", 1e-3).name
+    (tmp_path / "swept" / name).mkdir(parents=True)
+    (tmp_path / "swept" / "sweep.json").write_text("of runs")
+    for force in (False, True):
+        with pytest.raises(UsageError, match="is the folder of a sweep that was run here"):
+            import_method_comparison(results, tmp_path / "swept", force=force)
+    assert (tmp_path / "swept" / "sweep.json").read_text() == "of runs"
+    (tmp_path / "begun" / ".sweep").mkdir(parents=True)
+    with pytest.raises(UsageError, match="is the folder of a sweep that was run here"):
+        import_method_comparison(results, tmp_path / "begun")
+    with pytest.raises(OutputExistsError):
+        import_method_comparison(results, results)
+
+    record = import_method_comparison(results, out)
+    assert read_record(out / "sweep.json", SweepRecord) == record
+    with pytest.raises(UsageError, match=r"sweep\.json was imported .* pass --force"):
+        check_sweep_folder(out, force=False)
+    check_sweep_folder(out, force=True)
+    with pytest.raises(OutputExistsError):
+        import_method_comparison(results, out)
+    (results / "b.json").unlink()
+    (out / "results.parquet").write_bytes(b"stale")
+    assert len(import_method_comparison(results, out, force=True).cells) == 1
+    parquet = out / "results.parquet"
+    assert not parquet.exists() or parquet.read_bytes()[:4] == b"PAR1"
+    assert (out / "results.csv").read_text().count("\n") == 2

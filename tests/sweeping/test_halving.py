@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rankwise.joining import LOST
 from rankwise.records import SweepRecord
 from rankwise.sweeping import running
 from rankwise.sweeping.asking import settle_sweep
+from rankwise.sweeping.halving import ENVIRONMENT
 from rankwise.sweeping.running import _Sweep, run_sweep
 
 pytest.importorskip("ray", reason="ray comes with the cluster extra")
@@ -29,10 +31,11 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def run(data: Path, out: Path, **more: Any) -> SweepRecord:
+def run(data: Path, out: Path, *, force: bool = False, **more: Any) -> SweepRecord:
     lists = {"ranks": (2, 4), "scaling": ("lora",), "learning_rates": RATES, "seeds": 4, "device": "cpu", "asha": 2}
     asked = settle_sweep("model", str(data), lists | more)
-    return run_sweep(_Sweep(asked, out, work=stand_ins.peaked, look=stand_ins.look, command=("test",)))
+    under_way = _Sweep(asked, out, work=stand_ins.peaked, look=stand_ins.look, command=("test",), anew=force)
+    return run_sweep(under_way)
 
 
 def test_worse_rates_get_fewer_seeds_and_no_rank_is_dropped(
@@ -82,11 +85,27 @@ def test_what_is_over_is_not_run_again_and_mishaps_cost_their_cells(ray_local: A
     assert run(data, out, ranks=(2,), learning_rates=(1e-3, 3e-3)).best[0].score.n == 4, "the failed one is run again"
 
 
-def test_a_setting_that_diverges_gets_no_more_seeds(ray_local: Any, data: Path, tmp_path: Path) -> None:
+def test_begun_anew_nothing_is_left_of_what_was_not_wanted(ray_local: Any, data: Path, tmp_path: Path) -> None:
+    """A rate that was ended is the best one now. One at a time: the one in the middle is over before others."""
+    lists = {"ranks": (2,), "learning_rates": (1e-4, 1e-3, 1e-2), "jobs": 1}
+    seeds = Counter(c.learning_rate for c in run(data, tmp_path / "out", **lists).cells)
+    assert seeds == {1e-3: 4, 1e-4: 1, 1e-2: 1}
+    (data / "peak").write_text("1e-2")
+    seeds = Counter(c.learning_rate for c in run(data, tmp_path / "out", **lists, force=True).cells)
+    assert seeds == {1e-3: 4, 1e-4: 1, 1e-2: 4}
+
+
+def test_a_setting_that_diverges_gets_no_more_seeds(
+    ray_local: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "1")
+    monkeypatch.delenv("TUNE_DISABLE_SIGINT_HANDLER", raising=False)
+    before = dict(os.environ)
     (data / "diverge-0").touch()
     record = run(data, tmp_path / "out", ranks=(2,), learning_rates=(1e-3, 3e-3), seeds=2)
     assert [(c.seed, c.status) for c in record.cells] == [(0, "diverged")] * 2
     assert not [f for f in record.findings if f.code == "settings-ended-early"], "that is said as runs-diverged"
+    assert {name: os.environ.get(name) for name in ENVIRONMENT} == {name: before.get(name) for name in ENVIRONMENT}
 
 
 @pytest.mark.parametrize(

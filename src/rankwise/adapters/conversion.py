@@ -16,7 +16,7 @@ from rankwise.adapters.conversion_job import Job, Progress, open_adapter
 from rankwise.adapters.convert_options import checked_options
 from rankwise.adapters.kept_ranks import rank_choice
 from rankwise.adapters.staging import Staging
-from rankwise.errors import ClusterError, OutputError, RankwiseError, UsageError, without_secrets
+from rankwise.errors import RankwiseError, UsageError, without_secrets
 from rankwise.linalg import one_thread
 from rankwise.records import ConversionRecord
 from rankwise.spreading import spread
@@ -124,18 +124,8 @@ def convert(
             Staging(target, job.identity([s for s, _ in sources]), force=force, folder=job.folder)
         )
         words = tuple(command) if command is not None else _call(adapter, out, add, named)
-        try:
-            return job.run(staging, words, progress, workers)
-        except (OutputError, ClusterError) as error:
-            if any(staging.facts(joined.unit.name) is not None for joined in job.joined):
-                raise type(error)(
-                    f"{error} What was done is kept in {staging.place}: the same command goes on from there."
-                ) from error
-            staging.discard()
-            raise
-        except RankwiseError:
-            staging.discard()
-            raise
+        stack.enter_context(staging.cut_short(RankwiseError))
+        return job.run(staging, words, progress, workers)
 
 
 def _same_place(out: Path, sources: Iterable[Source]) -> bool:

@@ -36,7 +36,7 @@ from rankwise.deltas import (
     pair_memory,
     selection,
 )
-from rankwise.errors import NothingToMeasureError, OutputError, UsageError, WrongKindError, without_secrets
+from rankwise.errors import NothingToMeasureError, UsageError, WrongKindError, without_secrets
 from rankwise.linalg import checked_device, default_device
 from rankwise.records import Calibration, ExtractionRecord, PlanRecord, now, to_json, version
 from rankwise.spreading import Work, Workers, device_of_workers, spread
@@ -103,7 +103,7 @@ def extract(
         save_whole: store whole what changed and low rank cannot carry (norms, resized tables).
         calibration: texts; minimise the error of the outputs on them, not that of the weights.
         calibration_samples: number of texts to measure inputs on; None is 64.
-        device: "cpu" or a torch device for the products; None means cuda where there is one.
+        device: "cpu" or a torch device for the products; None means cuda where there is one, and with `cluster` cpu.
         seed: of the randomised route.
         cluster: address of a Ray cluster: its workers read the checkpoints and make the factors, the same as here.
             "local" starts one on this machine. Both checkpoints must be readable under their names on every node.
@@ -140,10 +140,10 @@ def extract(
         )
     wanted = selection(modules, skip)
     check_out(Path(out), force=force, folder=True)
-    if device is None:
-        chosen = default_device()
+    if cluster is not None:
+        chosen = device_of_workers(device)
     else:
-        chosen = device_of_workers(device) if cluster is not None else checked_device(device)
+        chosen = default_device() if device is None else checked_device(device)
     options: dict[str, Any] = {
         "rule": choice.rule,
         "lora_alpha": lora_alpha,
@@ -265,7 +265,7 @@ class Job:
         with contextlib.ExitStack() as stack:
             workers = stack.enter_context(spread(self.cluster, "--cluster"))
             staging = stack.enter_context(Staging(self.out, self.description(calibration), force=self.force))
-            stack.enter_context(self._cut_short(units, staging))
+            stack.enter_context(staging.cut_short(UsageError))
             made = self._work(units, staging, moments, workers)
             if not any(m.placed for m in made):
                 rest = leftovers.take([], None, workers)
@@ -289,22 +289,6 @@ class Job:
             staging.write(RECORD, to_json(record))
             staging.finish()
         return record
-
-    @contextlib.contextmanager
-    def _cut_short(self, units: Sequence[Unit], staging: Staging) -> Iterator[None]:
-        """Say what became of the parts where the place cannot be written to; leave none that are of no use."""
-        try:
-            yield
-        except UsageError:  # the same job would fail again
-            staging.discard()
-            raise
-        except OutputError as error:
-            if any(staging.facts(unit.key) is not None for unit in units):
-                raise OutputError(
-                    f"{error} What was done is kept in {staging.place}: the same command goes on from there."
-                ) from error
-            staging.discard()
-            raise OutputError(f"{self.out} cannot be written: {error} Nothing was written.") from error
 
     def _units(self, pairs: Sequence[Pair], spots: Mapping[str, Spot], leftovers: Leftovers) -> list[Unit]:
         """Group the pairs: each by itself, the parameters of one module of experts together."""

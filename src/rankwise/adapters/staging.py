@@ -16,13 +16,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from rankwise.adapters.parts import Array, join_parts, read_facts, write_part
-from rankwise.errors import MalformedFileError, OutputError, OutputExistsError
+from rankwise.errors import (
+    AccessError,
+    ClusterError,
+    MalformedFileError,
+    OutputError,
+    OutputExistsError,
+    RankwiseError,
+    SourceNotFoundError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +49,10 @@ OURS: Final = frozenset(
     }
 )
 """What a folder may hold that --force replaces: an adapter and nothing else."""
+
+LATER: Final = (OutputError, ClusterError, AccessError, SourceNotFoundError)
+"""Errors from outside, after which the same job may well succeed. A source that went away in the middle of a job was
+there when it began; a web server that is down looks like one without the file."""
 
 JOB, LOCK, PARTS, WHOLE = "job.json", "lock", "parts", "whole"
 
@@ -184,6 +196,28 @@ class Staging:
                 old.rename(self.out)
             raise OutputError(f"{self.out} cannot be written: {error.strerror or error}.") from error
         self._take_away()
+
+    @contextlib.contextmanager
+    def cut_short(self, useless: type[RankwiseError]) -> Iterator[None]:
+        """Say what became of the parts where the job ends in an error; leave none that are of no use.
+
+        Args:
+            useless: class of errors after which the same job would fail again, but for those of `LATER`.
+        """
+        try:
+            yield
+        except LATER as error:
+            if self._known:
+                raise type(error)(
+                    f"{error} What was done is kept in {self.place}: the same command goes on from there."
+                ) from error
+            self.discard()
+            if isinstance(error, OutputError) and not str(error).startswith(str(self.out)):
+                raise OutputError(f"{self.out} cannot be written: {error} Nothing was written.") from error
+            raise
+        except useless:
+            self.discard()
+            raise
 
     def discard(self) -> None:
         """Take the place away without a result."""

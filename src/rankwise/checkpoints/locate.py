@@ -15,6 +15,7 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from rankwise.checkpoints.kinds import ADAPTERS, CHECKPOINTS, CONFIGS, complete
+from rankwise.checkpoints.patience import TRIES, passing, patiently
 from rankwise.checkpoints.sharded import INDEX, TORCH, WeightSet
 from rankwise.checkpoints.stores import LocalStore, RemoteStore, Store, os_error, printable, remote_error
 from rankwise.errors import AccessError, SourceNotFoundError, foreign, showable, without_secrets
@@ -97,7 +98,7 @@ def everywhere(source: str) -> str:
         cached = _cached_snapshot(repo, revision)
         commit = revision if cached is None else cached.name
     else:
-        commit = _guarded(lambda: _commit_on_hub(repo, revision), source)
+        commit = _asked(lambda: _commit_on_hub(repo, revision), source, known=True)  # `locate` has listed it
     return f"hf://{repo}@{commit}" + (f"/{inside}" if inside else "")
 
 
@@ -161,21 +162,27 @@ def _url(source: str, scheme: str) -> Place:
         where = source.partition("?")[0].rpartition("/")[0] if web else source.rpartition("/")[0]
         return Place(RemoteStore(filesystem, folder, where, can_list=not web), file)
     if not web:
-        kind = _guarded(lambda: filesystem.info(path), source).get("type")
+        kind = _asked(lambda: filesystem.info(path), source, known=False).get("type")
         if kind == "file":
             folder, _, file = path.rpartition("/")
             return Place(RemoteStore(filesystem, folder, source.rpartition("/")[0]), file)
     return Place(RemoteStore(filesystem, path, source, can_list=not web), None)
 
 
-def _guarded(call: Callable[[], Any], source: str) -> Any:
+def _asked(request: Callable[[], Any], source: str, *, known: bool) -> Any:
+    """Make a request, again where that may help; `known`: whether its server has answered before."""
+    return _guarded(lambda: patiently(request, known=known), source, lambda error: passing(error, known=known))
+
+
+def _guarded(call: Callable[[], Any], source: str, again: Callable[[Exception], bool] = lambda _: False) -> Any:
+    """Return what a call does, or its error as one of ours; `again`: whether that was the last of several tries."""
     try:
         return call()
     except ValueError as error:  # fsspec: "Protocol not known: ..."
         words = printable(foreign(str(error)))[:300]
         raise SourceNotFoundError(f"{printable(source)!r} cannot be opened: {words}") from showable(error)
     except Exception as error:
-        raise remote_error(error, source) from showable(error)
+        raise remote_error(error, source, tries=TRIES if again(error) else 1) from showable(error)
 
 
 def _hub(source: str, spelled: str) -> Place:

@@ -40,6 +40,15 @@ _REFUSED: Final = frozenset(
 )
 
 
+def status_of(error: BaseException) -> int | None:
+    """Return what a server answered: aiohttp keeps it in the error, huggingface_hub (httpx) in the error's response."""
+    for holder, name in ((error, "status"), (getattr(error, "response", None), "status_code")):
+        status = getattr(holder, name, None)
+        if isinstance(status, int) and status:
+            return status
+    return None
+
+
 def passing(error: BaseException, *, known: bool) -> bool:
     """Tell whether the same request may well be answered a moment later.
 
@@ -49,8 +58,8 @@ def passing(error: BaseException, *, known: bool) -> bool:
             did is not there.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
-    status = getattr(error, "status", None)
-    if isinstance(status, int) and status:
+    status = status_of(error)
+    if status is not None:
         return status in (408, 425, 429) or status >= 500
     if names & _REFUSED:
         return known

@@ -94,7 +94,7 @@ def extract(
         ranks: How the rank of each module is chosen.
         what: What goes into the adapter, and how.
         all_rows: Print every module, however many there are.
-        device: cpu, cuda or cuda:N, for the products. Default: cuda when there is one.
+        device: cpu, cuda or cuda:N, for the products. Default: cuda when there is one; with --cluster, cpu.
         seed: Seed of the randomised route and of the noise estimate.
         cluster: Address of a Ray cluster whose workers read and do the modules; the result is the same. local: start
             Ray on this machine.

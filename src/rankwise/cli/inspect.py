@@ -36,7 +36,7 @@ def inspect(
         skip: Regular expression: leave out modules whose path it is found in.
         values: Singular values to compute of a delta: a number (faster where these stand clear of the rest), or all.
         all_rows: Print every module, however many there are.
-        device: cpu, cuda or cuda:N, for deltas. Default: cuda when there is one.
+        device: cpu, cuda or cuda:N, for deltas. Default: cuda when there is one; with --cluster, cpu.
         seed: Seed of the randomised route and of the noise estimate.
         cluster: Address of a Ray cluster whose workers read and do the modules; the result is the same. local: start
             Ray on this machine.

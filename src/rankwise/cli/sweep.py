@@ -193,13 +193,7 @@ def sweep(
         return _export(export, asked, out, force=force) if export is not None else _dry_run(asked, out, json=json)
     if out is None:
         raise UsageError("sweep needs a folder: -o DIR (or --dry-run, which writes nothing)")
-    if report is not None:
-        from rankwise.files import check_writable
-
-        if report.resolve().is_relative_to(out.resolve()):
-            raise UsageError(f"--report {report} lies in the folder of the sweep; put the page beside it")
-        check_writable(report, force=force)
-        _check_page()
+    _check_report(report, out, force=force)
     from rankwise.cli.show_sweeps import Watch
     from rankwise.sweeping.running import sweep as run
 
@@ -215,15 +209,15 @@ def sweep(
     return _finish(record, out, json=json, report=report, force=force, quiet=quiet)
 
 
-def _check_page() -> None:
-    """Refuse --report before hours of work where pages know no sweeps."""
-    from rankwise.records import SweepRecord
-    from rankwise.report.page import PAGES
+def _check_report(report: Path | None, out: Path, *, force: bool) -> None:
+    """Refuse a place of the page before any work is done."""
+    from rankwise.files import check_writable
 
-    if SweepRecord not in PAGES:
-        raise UsageError(
-            "--report: there is no page for a sweep yet; leave it out, sweep.json and results.csv hold all"
-        )
+    if report is None:
+        return
+    if report.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"--report {report} lies in the folder of the sweep; put the page beside it")
+    check_writable(report, force=force)
 
 
 def _given(lists: Lists, shared: Shared, where: Where) -> dict[str, Any]:
@@ -287,22 +281,10 @@ def _dry_run(asked: Any, out: Path | None, *, json: bool) -> int:
 
 
 def _import(path: Path, out: Path | None, *, json: bool, report: Path | None, force: bool) -> int:
-    from rankwise.files import write_texts
-    from rankwise.records import to_json
-    from rankwise.sweeping.collecting import as_csv
-    from rankwise.sweeping.folder import RECORD, TABLES
-    from rankwise.sweeping.imports import read_method_comparison
+    from rankwise.sweeping.imports import import_method_comparison
 
     if out is None:
         raise UsageError("--import needs a folder for sweep.json and results.csv: -o DIR")
-    if report is not None:
-        _check_page()
-    record = read_method_comparison(path, command=argv())
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        from rankwise.errors import OutputError
-
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
-    write_texts({out / RECORD: to_json(record), out / TABLES[0]: as_csv(record.cells)}, force=force)
+    _check_report(report, out, force=force)
+    record = import_method_comparison(path, out, force=force, command=argv())
     return _finish(record, out, json=json, report=report, force=force, quiet=False)

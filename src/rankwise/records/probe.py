@@ -145,7 +145,8 @@ class ProbeRecord(Record, frozen=True, kw_only=True):
         target_tokens: those of them that are trained on.
         max_length: tokens an example was cut at.
         target_modules: names of the modules, in full.
-        bits_to_learn: what has to be stored to know all rows by heart: base_bits - form_bits - repeated_bits.
+        bits_to_learn: what has to be stored to know all rows by heart: base_bits - form_bits - repeated_bits. The
+            length of a code of the rows in their order, and so an upper bound where the halves are `apart`.
         base_bits: summed loss of the base on the target tokens, in bits.
         form_bits: of these, what held-out rows saved once a low-rank adapter knew the form. Below 0 where it did not
             help.

@@ -16,12 +16,12 @@ import msgspec
 
 from rankwise.records import Finding, RunConfig, RunRecord, SweepRecord, SweepRun
 from rankwise.reporting.reading import Loaded
+from rankwise.sweeping import collecting
 from rankwise.sweeping.recording import make_record
+from rankwise.sweeping.sentences import cut
 
 LEAST: Final = 3
 """Runs that make a grid; two are compared."""
-
-MOST_NAMED: Final = 6
 
 FREE: Final = ("rank", "scaling", "learning_rate", "lora_alpha", "groups")
 """Fields of a run's config that a grid varies, or that follow from those it varies."""
@@ -45,31 +45,7 @@ class Gathered:
 
 def row_of(one: Loaded) -> SweepRun:
     """Return the figures of a run that are compared."""
-    run = cast("RunRecord", one.record)
-    recall, config = run.recall, run.config
-    return SweepRun(
-        path=one.name,
-        rank=config.rank,
-        scaling=config.scaling,
-        lora_alpha=config.lora_alpha,
-        learning_rate=config.learning_rate,
-        seed=run.seed or 0,
-        status=run.status,
-        params=run.params,
-        steps=run.steps,
-        tokens=run.tokens,
-        loss=run.loss,
-        bits=recall.bits if recall else None,
-        bits_possible=recall.bits_possible if recall else None,
-        bits_per_param=recall.bits_per_param if recall else None,
-        exact_share=recall.exact_share if recall else None,
-        paraphrased_exact_share=recall.paraphrases.exact_share if recall and recall.paraphrases else None,
-        forgetting=run.forgetting,
-        seconds=run.seconds,
-        peak_memory_bytes=run.peak_memory_bytes,
-        tokens_per_second=run.tokens_per_second,
-        error=run.error,
-    )
+    return collecting.row_of(cast("RunRecord", one.record), one.name)
 
 
 def _shared(config: RunConfig) -> str:
@@ -129,11 +105,7 @@ def gather(runs: Sequence[Loaded], command: Sequence[str]) -> tuple[list[Gathere
         taken |= {id(one) for one in members}
         grids.append(Gathered(_record(list(kept.values()), command), tuple(one.name for one in kept.values())))
         if again:
-            more = f" and {len(again) - MOST_NAMED} more" if len(again) > MOST_NAMED else ""
-            text = (
-                f"{len(again)} runs have the setting and the seed of another one and are not counted: "
-                f"{'; '.join(again[:MOST_NAMED])}{more}."
-            )
+            text = f"{len(again)} runs have the setting and the seed of another one and are not counted: {cut(again)}."
             findings.append(Finding(code="runs-repeated", level="warning", text=text))
     grids.sort(key=lambda grid: -len(grid.files))
     return grids, [one for one in runs if id(one) not in taken], findings

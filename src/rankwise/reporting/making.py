@@ -23,11 +23,12 @@ from rankwise.report.page import render_page
 from rankwise.reporting.grids import gather
 from rankwise.reporting.reading import Loaded, load
 from rankwise.reporting.saving import Saving
+from rankwise.sweeping.sentences import cut
 
 MOST_ALONE: Final = 12
 """Records of one kind that get a part each: past that nobody reads a page, and it grows by a megabyte a record."""
 
-NO_PAGE: Final = (".json", ".jsonl", ".csv", ".png", ".svg", ".pdf", ".safetensors", ".parquet", ".yaml")
+OTHER_FILES: Final = (".json", ".jsonl", ".csv", ".png", ".svg", ".pdf", ".safetensors", ".parquet", ".yaml")
 """Suffixes of files that are no page: a slip of the hand, which --force would make a loss."""
 
 Source = str | PathLike[str] | Record
@@ -90,10 +91,9 @@ def _left_out(kind: type[Record], members: Sequence[Loaded]) -> list[Finding]:
         text = f"{len(members)} records of {word} are too many to compare; give {MOST_COMPARED} or fewer of them."
         told.append(Finding(code="too-many-to-compare", level="info", text=text))
     if len(members) > MOST_ALONE and kind is not SweepRecord:
-        names = ", ".join(one.name for one in members[MOST_ALONE : MOST_ALONE + 6])
         text = (
             f"{len(members) - MOST_ALONE} of {len(members)} records of {word} have no part in this page, which shows "
-            f"{MOST_ALONE} of a kind: {names}{'' if len(members) <= MOST_ALONE + 6 else ' and more'}."
+            f"{MOST_ALONE} of a kind: {cut([one.name for one in members[MOST_ALONE:]], ', ')}."
         )
         told.append(Finding(code="records-left-out", level="warning", text=text))
     return told
@@ -177,7 +177,7 @@ def _refuse_place(path: Path, sources: Sequence[Source]) -> None:
     Raises:
         UsageError: the path is one of the sources, or has the suffix of another kind of file.
     """
-    if path.suffix.lower() in NO_PAGE:
+    if path.suffix.lower() in OTHER_FILES:
         raise UsageError(f"{path} is no place for a page: give a name such as {path.with_suffix('.html')}")
     for source in sources:
         if isinstance(source, str | PathLike) and path.exists() and Path(source).exists() and path.samefile(source):

@@ -21,9 +21,8 @@ from rankwise.records import Finding, Record, SweepRecord, any_record, read_reco
 from rankwise.report.page import PAGES
 from rankwise.sweeping import collecting, folder
 from rankwise.sweeping.recording import make_record
+from rankwise.sweeping.sentences import cut
 from rankwise.tuning.runs import RECORD as RUN
-
-MOST_NAMED: Final = 6
 
 MARKS: Final = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -163,12 +162,12 @@ def _folder(path: Path) -> tuple[list[Loaded], list[Finding]]:
         else:
             found.append(_parsed(content, file))
     if not found:
-        also = f"; its .json files are no records: {_cut(strangers)}" if strangers else ""
+        also = f"; its .json files are no records: {cut(strangers, ', ')}" if strangers else ""
         raise RecordError(f"{path} holds no record of rankwise{also}; give a folder of a sweep, a run or record files")
     if not strangers:
         return found, []
     text = f"{path}: {len(strangers)} of its .json files are not in this page, being no records of results: "
-    return found, [Finding(code="files-left-out", level="info", text=f"{text}{_cut(strangers)}.")]
+    return found, [Finding(code="files-left-out", level="info", text=f"{text}{cut(strangers, ', ')}.")]
 
 
 class _Head(msgspec.Struct):
@@ -202,11 +201,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _cut(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def _sweep(path: Path, names: Sequence[str]) -> tuple[list[Loaded], list[Finding]]:

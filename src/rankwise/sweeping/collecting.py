@@ -128,14 +128,19 @@ def read_bytes(content: bytes, name: str, path: Path) -> Read:
             f"{path} holds rank {c.rank}, {c.scaling}, learning rate {c.learning_rate:g}, seed {run.seed}, which is "
             "not what its folder's name says; give the folder its name back, or take it away"
         )
-    recall = run.recall
-    row = SweepRun(
-        path=f"{name}/{RECORD}",
-        rank=c.rank,
-        scaling=c.scaling,
-        lora_alpha=c.lora_alpha,
-        learning_rate=c.learning_rate,
-        seed=run.seed,
+    return Read(row_of(run, f"{name}/{RECORD}"), c.data_digest, run.device)
+
+
+def row_of(run: RunRecord | _Run, path: str) -> SweepRun:
+    """Return the figures of a run that are compared."""
+    recall, config = run.recall, run.config
+    return SweepRun(
+        path=path,
+        rank=config.rank,
+        scaling=config.scaling,
+        lora_alpha=config.lora_alpha,
+        learning_rate=config.learning_rate,
+        seed=run.seed or 0,
         status=run.status,
         params=run.params,
         steps=run.steps,
@@ -152,7 +157,6 @@ def read_bytes(content: bytes, name: str, path: Path) -> Read:
         tokens_per_second=run.tokens_per_second,
         error=run.error,
     )
-    return Read(row, c.data_digest, run.device)
 
 
 def merit(row: SweepRun) -> float | None:

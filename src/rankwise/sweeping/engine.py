@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self
 
-from rankwise.errors import ClusterError, UsageError
+from rankwise.errors import ClusterError, UsageError, foreign
 from rankwise.joining import LOCAL, LOST, joined
 
 AT_ONCE: Final = 2000
@@ -25,6 +25,11 @@ PATIENCE: Final = 60.0
 
 LOOK_EVERY: Final = 2.0
 """Seconds between two looks at the nodes."""
+
+GONE: Final = frozenset(
+    {"WorkerCrashedError", "NodeDiedError", "LocalRayletDiedError", "OutOfMemoryError", "RayActorError"}
+)
+"""Ray's errors of a worker that is no more; the last is of a worker of Tune's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,16 +214,29 @@ class Engine:
         try:
             return Outcome(key, value=self._ray.get(reference))
         except self._ray.exceptions.RayTaskError as error:  # the function itself raised
-            cause = getattr(error, "cause", None) or error
-            lines = str(cause).strip().splitlines() or [""]
-            told = lines[0][:300] if len(lines) == 1 else f"{lines[0][:300]} ... {lines[-1][:300]}"
-            return Outcome(key, error=f"{type(cause).__name__}: {told}")
+            return Outcome(key, error=said(getattr(error, "cause", None) or error))
         except self._ray.exceptions.RayError as error:
-            return Outcome(key, error=lost(error))
+            return Outcome(key, error=given_up(error))
 
 
-def lost(error: BaseException | str | None = None) -> str:
-    """Say that a call was given up, and what Ray says of it."""
-    words = "" if error is None else f": {' '.join(str(error).split())[:300]}"
-    kind = f" ({type(error).__name__})" if isinstance(error, BaseException) else ""
-    return f"its worker was lost {LOST + 1} times{kind}; memory is a common cause{words}"
+def said(error: BaseException) -> str:
+    """Return the class of an error and its words, of many lines the first and the last, without secrets of URLs.
+
+    >>> said(ValueError("no https://ann:pw@host/data.jsonl"))
+    'ValueError: no https://***@host/data.jsonl'
+    """
+    lines = foreign(str(error)).strip().splitlines() or [""]
+    told = lines[0][:300] if len(lines) == 1 else f"{lines[0][:300]} ... {lines[-1][:300]}"
+    return f"{type(error).__name__}: {told}"
+
+
+def given_up(error: BaseException) -> str:
+    """Say why a call was given up that did not raise itself: its worker was lost, or Ray could not make it."""
+    if not GONE & {kind.__name__ for kind in type(error).__mro__}:
+        return said(error)
+    return f"{lost(type(error).__name__)}: {foreign(' '.join(str(error).split()))[:300]}"
+
+
+def lost(kind: str = "") -> str:
+    """Say that a worker was lost for the last time."""
+    return f"its worker was lost {LOST + 1} times{f' ({kind})' if kind else ''}; memory is a common cause"

@@ -42,14 +42,30 @@ def axolotl(request: Request, grid: Grid) -> str:
         "# axolotl train CONFIG.yml --sweep THIS_FILE\n"
         "# Model, data and everything else stand in CONFIG.yml.\n"
     )
-    others = flags_of(request, "lora_alpha", "save_every")
+    others = flags_of(request.public, "lora_alpha", "save_every")
     if others:
         head += f"# Flags of train that are not in this file: {shlex.join(others)}\n"
     return head + _yaml(lists)
 
 
 def wandb(request: Request, grid: Grid) -> str:
-    """Return a file for `wandb sweep FILE`: every agent calls `rankwise train`, into a folder of its run's id."""
+    """Return a file for `wandb sweep FILE`: every agent calls `rankwise train`, into a folder of its run's id.
+
+    Raises:
+        UsageError: the command would hold the secrets of a URL.
+    """
+    public = request.public
+    texts = [found["forgetting_data"] for found in (request.settings, public.settings)]
+    for what, given, shown in (
+        ("MODEL", request.model, public.model),
+        ("DATA", request.data, public.data),
+        ("--forgetting-data", *texts),
+    ):
+        if given != shown:
+            raise UsageError(
+                f"--export wandb: {what} {shown} has a password or a signature, which the file would show and W&B "
+                "keep. Give a path, or a URL whose credentials the machines have in their environment"
+            )
     words = ["rankwise", "train", request.model, request.data, *flags_of(request, "report_to")]
     line = f'{shlex.join(words)} --report-to wandb -o "runs/$WANDB_RUN_ID" "$@"'
     sweep = {

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from rankwise.errors import OutputError, OutputExistsError, RecordError, UsageError
+from rankwise.files import write_text
 from rankwise.sweeping.grid import Cell, Grid, cell_of
 from rankwise.sweeping.settings import Request
 
@@ -34,11 +35,17 @@ ASHA: Final = "asha.json"
 WORK: Final = "work"
 
 
-def check_sweep_folder(out: Path, *, force: bool) -> None:
+def check_sweep_folder(out: Path, *, force: bool, imported: bool = False) -> None:
     """Refuse a folder that cannot be the sweep's. Nothing is changed.
+
+    Args:
+        out: the folder.
+        force: whether what is in it may be replaced.
+        imported: whether the sweep is one of imported results, which has a record and no runs.
 
     Raises:
         OutputExistsError: it holds something else than a sweep.
+        UsageError: it holds imported results, which no run of ours could be added to.
         OutputError: it is a file, or may not be written to.
     """
     try:
@@ -53,6 +60,12 @@ def check_sweep_folder(out: Path, *, force: bool) -> None:
                 "nothing else. Choose another folder. Nothing was written."
             )
         there = next(path for path in (out, *out.resolve().parents) if path.exists())
+        cells = out.is_dir() and any(cell_of(path.name) is not None for path in out.iterdir())
+        if (out / RECORD).is_file() and not (out / HIDDEN).is_dir() and not cells and not (force or imported):
+            raise UsageError(
+                f"{out / RECORD} was imported and is of no runs in {out}; a sweep in this folder would replace it. "
+                "Choose another folder, or pass --force."
+            )
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
     if not os.access(there, os.W_OK) or not there.is_dir():
@@ -215,24 +228,9 @@ def put_ended_early(out: Path, grid: Grid, factor: float, not_run: Sequence[str]
         OutputError: the disk is full, or may not be written to.
     """
     noted = {"asked": _asked(grid, factor), "not_run": list(not_run)}
-    put_table(out / HIDDEN / ASHA, json.dumps(noted).encode())
+    write_text(out / HIDDEN / ASHA, json.dumps(noted), force=True)
 
 
 def _asked(grid: Grid, factor: float | None) -> dict[str, Any]:
     lists = (grid.ranks, grid.scaling, grid.learning_rates, grid.seeds)
     return {"factor": factor, "grid": [list(values) for values in lists]}
-
-
-def put_table(path: Path, content: bytes) -> None:
-    """Write a file of bytes beside its place and rename it into it.
-
-    Raises:
-        OutputError: the disk is full, or may not be written to.
-    """
-    hidden = path.parent if path.parent.name == HIDDEN else path.parent / HIDDEN
-    part = hidden / f"{path.name}.part"
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error

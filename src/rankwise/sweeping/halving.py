@@ -9,15 +9,16 @@ rule and rank, so that rates are compared with rates, and no rank is dropped bef
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from rankwise.errors import MissingDependencyError, UsageError
 from rankwise.joining import LOST, hushed
-from rankwise.sweeping.engine import Engine, Outcome, lost
+from rankwise.sweeping.engine import Engine, Outcome, given_up, lost, said
 
 WORST: Final = -1e30
 """Score of a setting that diverged for a seed: finite, since Tune takes percentiles."""
@@ -28,6 +29,7 @@ ENVIRONMENT: Final = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one writes on stdout, quiet or not
 }
+"""Tune takes these from its environment alone; they are put back."""
 
 SCORE: Final = "score"
 
@@ -64,6 +66,22 @@ def check_halving(factor: float | None, *, rates: int, seeds: int, cluster: str 
         raise UsageError("--asha works on a node of the cluster and not through ray://; run it there, or leave it out")
 
 
+@contextlib.contextmanager
+def _configured() -> Iterator[None]:
+    """Set what Tune reads, and put back what was there."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@_configured()
 def halve(
     engine: Engine,
     work: Callable[[Any], Any],
@@ -93,14 +111,13 @@ def halve(
         MissingDependencyError: Ray is there without what Tune needs.
         ClusterError: no node is left that could do the work.
     """
-    os.environ.update(ENVIRONMENT)
     try:
         import ray
         from ray import tune
     except ImportError as error:
         raise MissingDependencyError("ray[tune]", "cluster", "sweep --asha") from error
 
-    ledger = _ledger(known)
+    ledger = _ledger(known, tasks)
     seeds = max(len(setting.names) for setting in settings)
 
     class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
@@ -120,10 +137,9 @@ def halve(
             """Run cells until one has a score; a failed one is a missing seed."""
             while self._left:
                 name = self._left.pop(0)
-                there, found, times = ray.get(ledger.begin.remote(name))
+                there, found, times, task = ray.get(ledger.begin.remote(name))
                 if not there:
-                    given_up = times > LOST + 1
-                    outcome = Outcome(name, error=lost()) if given_up else _call(work, name, tasks[name])
+                    outcome = Outcome(name, error=lost()) if times > LOST + 1 else _call(work, name, task)
                     found = None if outcome.error is not None else score(name, outcome.value)
                     ray.get(ledger.put.remote(outcome, found))
                 if found is not None:
@@ -169,26 +185,31 @@ def _call(work: Callable[[Any], Any], name: str, task: Any) -> Outcome:
     try:
         return Outcome(name, value=work(task))
     except Exception as error:
-        return Outcome(name, error=f"{type(error).__name__}: {error}")
+        return Outcome(name, error=said(error))
 
 
-def _ledger(known: Mapping[str, float | None]) -> Any:
-    """Start the actor that holds what is over, on the driver's node: what it has survives a worker and its node."""
+def _ledger(known: Mapping[str, float | None], tasks: Mapping[str, Any]) -> Any:
+    """Start the actor that holds what is over, on the driver's node: what it has survives a worker and its node.
+
+    It has the tasks as well: Tune writes the class of its trials into a file, with all that it refers to, and a URL in
+    a task may have secrets.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Ledger:
         """What is over, and what of it the driver has not fetched."""
 
-        def __init__(self, known: dict[str, float | None]) -> None:
+        def __init__(self, known: dict[str, float | None], tasks: dict[str, Any]) -> None:
             self._known = known
+            self._tasks = tasks
             self._new: list[Outcome] = []
             self._begun: dict[str, int] = {}
 
-        def begin(self, name: str) -> tuple[bool, float | None, int]:
-            """Say whether a cell is over, its score, and how often it was begun, this time included."""
+        def begin(self, name: str) -> tuple[bool, float | None, int, Any]:
+            """Say whether a cell is over, its score, how often it was begun, this time included, and its task."""
             self._begun[name] = self._begun.get(name, 0) + 1
-            return *self.look(name), self._begun[name]
+            return *self.look(name), self._begun[name], self._tasks.get(name)
 
         def look(self, name: str) -> tuple[bool, float | None]:
             """Say whether a cell is over, and its score."""
@@ -205,7 +226,7 @@ def _ledger(known: Mapping[str, float | None]) -> Any:
             return new
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Ledger).options(scheduling_strategy=here).remote(dict(known))
+    return ray.remote(num_cpus=0)(Ledger).options(scheduling_strategy=here).remote(dict(known), dict(tasks))
 
 
 def _by_group(groups: Sequence[Hashable], seeds: int, factor: float) -> Any:
@@ -256,6 +277,10 @@ def _watch(engine: Engine, ledger: Any, settings: Sequence[Setting], keep: Calla
 
         problem: BaseException | None = None
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            """Leave nothing of ours in the file from which Tune could resume."""
+            return tune.Callback, ()
+
         def take(self) -> None:
             """Fetch what is over; what goes wrong here ends the work, and Tune would say it in its own words."""
             try:
@@ -276,8 +301,9 @@ def _watch(engine: Engine, ledger: Any, settings: Sequence[Setting], keep: Calla
             for name in settings[trial.config["setting"]].names:
                 there, _ = ray.get(ledger.look.remote(name))
                 if not there:
-                    error = getattr(trial.get_error(), "cause", None) or trial.get_error() or "no reason known"
-                    ray.get(ledger.put.remote(Outcome(name, error=lost(error)), None))
+                    error = getattr(trial.get_error(), "cause", None) or trial.get_error()
+                    told = lost() if error is None else given_up(error)
+                    ray.get(ledger.put.remote(Outcome(name, error=told), None))
                     self.take()
                     return
 

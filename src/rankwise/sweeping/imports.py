@@ -19,9 +19,11 @@ from typing import Any, Final
 
 import msgspec
 
-from rankwise.errors import NothingToMeasureError, RecordError
+from rankwise.errors import NothingToMeasureError, OutputError, OutputExistsError, RecordError, UsageError
 from rankwise.records import Finding, Status, SweepRecord, SweepRun
-from rankwise.sweeping.recording import make_record
+from rankwise.sweeping import collecting, folder
+from rankwise.sweeping.recording import make_record, write_tables
+from rankwise.sweeping.sentences import cut
 
 STATUSES: Final[dict[str, Status]] = {"success": "done", "failed": "failed", "canceled": "interrupted"}
 
@@ -31,8 +33,6 @@ VARIANTS: Final = ("lora_bias", "layer_replication", "alora_invocation_tokens", 
 CONFIG: Final = ("target_modules", "exclude_modules", "init_lora_weights", "lora_dropout", "modules_to_save", "bias")
 """Keys of the LoRA config that must agree, beside the whole train config but rate and seed."""
 
-MOST_NAMED: Final = 6
-
 
 @dataclass(frozen=True, slots=True)
 class _Result:
@@ -41,6 +41,38 @@ class _Result:
     name: str
     row: SweepRun
     shared: dict[str, Any]
+
+
+def import_method_comparison(path: Path, out: Path, *, force: bool = False, command: Sequence[str] = ()) -> SweepRecord:
+    """Read results of PEFT's method_comparison, and write them as a sweep's record and tables.
+
+    Args:
+        path: a folder of them, or one file.
+        out: folder for the record and the tables; made if it is not there.
+        force: whether those that are there are replaced.
+        command: argv for the record.
+
+    Raises:
+        UsageError: `out` is the folder of a sweep that was run here.
+        OutputError: it cannot be written, or is taken.
+        RankwiseError: as `read_method_comparison`.
+    """
+    folder.check_sweep_folder(out, force=force, imported=True)
+    if (out / folder.HIDDEN).is_dir() or collecting.list_cells(out):
+        raise UsageError(
+            f"{out} is the folder of a sweep that was run here, and its record is made from its runs; choose another "
+            "folder for what is imported"
+        )
+    for name in (folder.RECORD, *folder.TABLES):
+        if not force and (out / name).exists():
+            raise OutputExistsError(str(out / name))
+    record = read_method_comparison(path, command=command)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from error
+    write_tables(out, record)
+    return record
 
 
 def read_method_comparison(path: Path, *, command: Sequence[str] = ()) -> SweepRecord:
@@ -70,9 +102,7 @@ def read_method_comparison(path: Path, *, command: Sequence[str] = ()) -> SweepR
             results.append(found)
     kept, others = _largest(results)
     if not kept:
-        raise NothingToMeasureError(
-            f"{path}: no LoRA run with one rank in {len(paths)} files: {'; '.join(skipped[:6])}"
-        )
+        raise NothingToMeasureError(f"{path}: no LoRA run with one rank in {len(paths)} files: {cut(skipped)}")
     skipped += others
     shared = kept[0].shared
     order = sorted((r.row for r in kept), key=lambda r: (r.scaling, r.rank, r.learning_rate, r.seed, r.path))
@@ -94,8 +124,7 @@ def read_method_comparison(path: Path, *, command: Sequence[str] = ()) -> SweepR
         text = f"Alpha is not the same in all runs, so that ranks differ in it as well: {named}."
         noted.append(Finding(code="alpha-differs", level="warning", text=text))
     if skipped:
-        more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
-        text = f"{len(skipped)} of {len(paths)} files are not in this record: {'; '.join(skipped[:MOST_NAMED])}{more}."
+        text = f"{len(skipped)} of {len(paths)} files are not in this record: {cut(skipped)}."
         noted.append(Finding(code="results-left-out", level="info", text=text))
     return msgspec.structs.replace(record, findings=tuple(noted))
 

@@ -108,9 +108,13 @@ def make_record(
 def write_tables(out: Path, record: SweepRecord) -> None:
     """Write the record and the tables of its cells into the folder, over those of earlier calls."""
     csv, parquet = folder.TABLES
-    write_texts({out / folder.RECORD: to_json(record), out / csv: collecting.as_csv(record.cells)}, force=True)
+    files: dict[Path, str | bytes] = {
+        out / folder.RECORD: to_json(record),
+        out / csv: collecting.as_csv(record.cells),
+    }
     content = collecting.as_parquet(record.cells)
     if content is not None:
-        folder.put_table(out / parquet, content)
-    else:
+        files[out / parquet] = content
+    write_texts(files, force=True)
+    if content is None:
         (out / parquet).unlink(missing_ok=True)  # of an earlier call, with other rows

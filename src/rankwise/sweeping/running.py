@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from rankwise import errors
-from rankwise.errors import AllRunsFailedError, RankwiseError, UsageError
+from rankwise.errors import AllRunsFailedError, RankwiseError, UsageError, foreign, without_secrets
 from rankwise.records import DryRunRecord, Finding, SweepDryRunRecord, SweepRecord, SweepRun, now, to_json, version
 from rankwise.sweeping import collecting, folder
 from rankwise.sweeping.asking import Asked, settle_sweep
@@ -161,7 +161,8 @@ def sweep(
         **training,
     }
     asked = settle_sweep(model, data, given, seed=seed, config=config)
-    told = tuple(command) if command is not None else (f"rankwise.sweep({asked.request.model!r}, ...)",)
+    words = command if command is not None else (f"rankwise.sweep({asked.request.model!r}, ...)",)
+    told = tuple(map(without_secrets, words))
     return run_sweep(_Sweep(asked, Path(fspath(out)), command=told, progress=progress, anew=force))
 
 
@@ -176,7 +177,7 @@ def run_sweep(under_way: _Sweep) -> SweepRecord:
     folder.check_sweep_folder(out, force=under_way.anew)
     with folder.opened(out) as work:
         under_way.read = {} if under_way.anew else read_there(out, asked.request)
-        ended = folder.ended_early(out, asked.grid, asked.machines.asha)
+        ended = frozenset() if under_way.anew else folder.ended_early(out, asked.grid, asked.machines.asha)
         todo = [
             cell
             for cell in to_do(asked.grid, {name: read.row for name, read in under_way.read.items()})
@@ -262,10 +263,10 @@ def _keep(under_way: _Sweep, template: DryRunRecord, cell: Cell, outcome: Outcom
     ended = outcome.value if isinstance(outcome.value, Ended) else Ended({}, outcome.error or "nothing came back")
     files = ended.files
     if RECORD not in files:
-        record = failed_record(template, cell, ended.error or "it left no record", under_way.command)
+        record = failed_record(template, cell, foreign(ended.error or "it left no record"), under_way.command)
         files = {**files, RECORD: to_json(record).encode(), METRICS: metrics_of(record)}
     if ended.trace is not None:
-        files = {**files, "traceback.txt": ended.trace.encode("utf-8", "backslashreplace")}
+        files = {**files, "traceback.txt": foreign(ended.trace).encode("utf-8", "backslashreplace")}
     folder.put_cell(under_way.out, cell, files, under_way.asked.request)
     under_way.read[outcome.key] = collecting.read_cell(under_way.out, outcome.key)
 
@@ -398,7 +399,7 @@ def record_of(under_way: _Sweep, seconds: float) -> SweepRecord:
     order = sorted(under_way.read.values(), key=lambda r: (r.row.scaling, r.row.rank, r.row.learning_rate, r.row.seed))
     cells = tuple(read.row for read in order)
     devices = sorted({read.device for read in order})
-    request = under_way.asked.request
+    request = under_way.asked.request.public
     return make_record(
         cells,
         model=request.model,
@@ -417,7 +418,7 @@ def dry_sweep(asked: Asked, out: Path | None, *, command: Sequence[str] = ()) ->
     Raises:
         RankwiseError: as `sweep`.
     """
-    request, grid = asked.request, asked.grid
+    request, grid = asked.request.public, asked.grid
     rows = {}
     if out is not None:
         folder.check_sweep_folder(out, force=False)
@@ -425,7 +426,7 @@ def dry_sweep(asked: Asked, out: Path | None, *, command: Sequence[str] = ()) ->
     todo = to_do(grid, rows)
     left = set(todo)
     widest = max(grid.cells, key=lambda cell: cell.rank)
-    template = _template(look_ahead(Task(request, widest, device=asked.machines.device)))
+    template = _template(look_ahead(Task(asked.request, widest, device=asked.machines.device)))
     per_rank = {rank: template.params * rank // template.config.rank for rank in grid.ranks}
     tokens = round(template.tokens * template.epochs)
     known = [row.seconds for row in rows.values() if row.status == "done" and row.seconds is not None]

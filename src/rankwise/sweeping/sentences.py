@@ -144,13 +144,11 @@ def _front_sentence(answers: Answers) -> list[str]:
     if len(placed) < 2:
         return []
     named = [
-        f"{_setting(p)}: {spread(p.score, answers.score)}, forgetting {spread(p.forgetting, sign=True)}"
-        for p in front[:MOST_NAMED]
+        f"{_setting(p)}: {spread(p.score, answers.score)}, forgetting {spread(p.forgetting, sign=True)}" for p in front
     ]
-    more = f"; and {len(front) - MOST_NAMED} more" if len(front) > MOST_NAMED else ""
     return [
         f"Of {len(placed)} settings, {len(front)} are beaten by no other in both {SCORES[answers.score]} and "
-        f"forgetting, by their means: {'; '.join(named)}{more}. Neighbours whose intervals overlap are not told apart."
+        f"forgetting, by their means: {cut(named)}. Neighbours whose intervals overlap are not told apart."
     ]
 
 
@@ -194,7 +192,11 @@ def findings(answers: Answers, cells: Sequence[SweepRun], *, run_here: bool = Tr
     return tuple(found)
 
 
-def cut(words: Sequence[str]) -> str:
-    """Name a few, and count the rest."""
+def cut(words: Sequence[str], between: str = "; ") -> str:
+    """Name a few, and count the rest.
+
+    >>> cut("abcdefgh", ", ")
+    'a, b, c, d, e, f and 2 more'
+    """
     more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
-    return "; ".join(words[:MOST_NAMED]) + more
+    return between.join(words[:MOST_NAMED]) + more

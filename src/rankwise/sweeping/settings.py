@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from os import PathLike, fspath
 from pathlib import Path
 from types import NoneType
@@ -18,7 +18,7 @@ from typing import Any, Final, get_args, get_type_hints
 
 import msgspec
 
-from rankwise.errors import ConfigError, UsageError
+from rankwise.errors import ConfigError, UsageError, without_secrets
 from rankwise.sweeping.grid import Cell, Grid
 from rankwise.tuning.options import DEFAULT_RATE, TINY_RATE, Options, settle
 from rankwise.tuning.training import check_extras
@@ -92,10 +92,18 @@ class Request:
     settings: dict[str, Any]
 
     @property
+    def public(self) -> Request:
+        """The same without the secrets of URLs: what is written down, where the request itself is what is fetched."""
+        texts = self.settings["forgetting_data"]
+        settings = self.settings | {"forgetting_data": None if texts is None else without_secrets(texts)}
+        return replace(self, model=without_secrets(self.model), data=without_secrets(self.data), settings=settings)
+
+    @property
     def shared(self) -> dict[str, Any]:
-        """What must be the same for runs to be compared."""
-        told = {name: value for name, value in self.settings.items() if name not in WITHOUT_EFFECT}
-        return {"model": self.model, "data": self.data, **told}
+        """What must be the same for runs to be compared; a link that was signed anew is the same."""
+        public = self.public
+        told = {name: value for name, value in public.settings.items() if name not in WITHOUT_EFFECT}
+        return {"model": public.model, "data": public.data, **told}
 
     @property
     def digest(self) -> str:

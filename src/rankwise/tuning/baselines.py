@@ -70,7 +70,8 @@ def make_keepsake(loaded: Any, data: str | None, *, model: str, length: int, see
             name = builtin.name
             rows: Sequence[dict[str, Any]] = builtin.rows
         else:
-            rows = read_data(name).rows
+            examples = read_data(name)
+            name, rows = examples.name, examples.rows  # the name without the secrets of a URL
         if len(rows) > scoring.MOST_EXAMPLES:
             rows = random.Random(seed).sample(list(rows), scoring.MOST_EXAMPLES)
         texts = [_text(row, loaded.tokenizer) for row in rows]

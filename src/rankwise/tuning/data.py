@@ -21,6 +21,7 @@ from rankwise.errors import (
     NoDataError,
     TooLongError,
     UsageError,
+    without_secrets,
 )
 from rankwise.tuning.data_files import Part
 from rankwise.tuning.data_rows import (
@@ -81,7 +82,7 @@ class Examples:
     """Rows to learn from, all of one form.
 
     Attributes:
-        name: the data as it was given.
+        name: the data as it was given, without the secrets of a URL: it goes into records.
         form: which of the three.
         rows: one dict a row, with exactly the columns of the form.
         places: where each row stood, for messages.
@@ -151,7 +152,7 @@ def _opened(data: object, split: str) -> tuple[str, Iterator[Part]]:
     """Return the name of the data and its parts."""
     if isinstance(data, str | os.PathLike):
         name = os.fsdecode(data)
-        return name, parts_of(name, split)
+        return without_secrets(name), parts_of(name, split)
     if isinstance(data, list | tuple):
         return f"a list of {len(data)} rows", iter([Part("the list", "row", enumerate(data, start=1))])
     live = sys.modules.get("datasets")  # whoever holds a dataset has imported it

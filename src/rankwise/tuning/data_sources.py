@@ -16,8 +16,17 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final
 from urllib.parse import unquote, urlsplit
 
+from rankwise.checkpoints.patience import TRIES, passing, patiently
 from rankwise.checkpoints.stores import os_error, printable, remote_error
-from rankwise.errors import AccessError, DataFormatError, RankwiseError, SourceNotFoundError, UsageError
+from rankwise.errors import (
+    AccessError,
+    DataFormatError,
+    RankwiseError,
+    SourceNotFoundError,
+    UsageError,
+    foreign,
+    showable,
+)
 from rankwise.tuning.data_files import BATCH, FIELDS, Part, kind_of, needed, part_of, wanted
 
 _HUB_ID: Final = re.compile(
@@ -128,38 +137,61 @@ def _local_parts(path: Path, split: str) -> Iterator[Part]:
     return (part_of(name, lambda name=name: opened(path / name)) for name in chosen)  # type: ignore[misc]
 
 
-def _url_parts(url: str, split: str) -> Iterator[Part]:
-    """Read from any fsspec filesystem. A file is fetched as a whole: its rows end up in memory in any case."""
-    label = printable(url.partition("?")[0])  # a signed link has its secret behind the question mark
+@dataclass(slots=True)
+class _Asked:
+    """A server that is asked for data, again where that may help, and whose errors are told without secrets.
 
-    def guarded(call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except ValueError as error:  # fsspec: "Protocol not known: ..."
-            raise SourceNotFoundError(f"{label!r} cannot be opened: {printable(str(error))[:300]}") from error
-        except Exception as error:
-            raise remote_error(error, label) from error
+    Attributes:
+        label: how messages name what is asked for.
+        answered: whether it ever did; a server that never has is not waited for.
+    """
 
-    def locate() -> tuple[Any, str]:
-        import fsspec
+    label: str
+    answered: bool = False
 
-        filesystem, path = fsspec.core.url_to_fs(url)
+    def locate(self, url: str) -> tuple[Any, str]:
+        """Return the filesystem of a URL and the path in it."""
+
+        def located() -> Any:
+            import fsspec
+
+            return fsspec.core.url_to_fs(url)
+
+        filesystem, path = self.patient(located)
+        self.answered = False  # that was fsspec, and no server
         return filesystem, str(path)
 
-    filesystem, path = guarded(locate)
+    def patient(self, call: Callable[[], Any]) -> Any:
+        """Make a request."""
+        try:
+            found = patiently(call, known=self.answered)
+        except ValueError as error:  # fsspec: "Protocol not known: ..."
+            words = printable(foreign(str(error)))[:300]
+            raise SourceNotFoundError(f"{self.label!r} cannot be opened: {words}") from showable(error)
+        except Exception as error:
+            tries = TRIES if passing(error, known=self.answered) else 1
+            raise remote_error(error, self.label, tries=tries) from showable(error)
+        self.answered = True
+        return found
+
+
+def _url_parts(url: str, split: str) -> Iterator[Part]:
+    """Read from any fsspec filesystem. A file is fetched as a whole: its rows end up in memory in any case."""
+    asked = _Asked(printable(url.partition("?")[0]))  # a signed link has its secret behind the question mark
+    filesystem, path = asked.locate(url)
 
     def opened(file: str) -> IO[bytes]:
-        return io.BytesIO(guarded(lambda: filesystem.cat_file(file)))
+        return io.BytesIO(asked.patient(lambda: filesystem.cat_file(file)))
 
     web = url.partition("://")[0] in ("http", "https")
-    if web or guarded(lambda: filesystem.info(path)).get("type") == "file":
+    if web or asked.patient(lambda: filesystem.info(path)).get("type") == "file":
         name = PurePosixPath(unquote(urlsplit(path).path) if web else path).name
         return iter([part_of(name, lambda: opened(path))])
-    entries = guarded(lambda: filesystem.ls(path, detail=True))
+    entries = asked.patient(lambda: filesystem.ls(path, detail=True))
     paths = {str(e["name"]).rstrip("/").rsplit("/", 1)[-1]: e for e in entries}
     files = sorted(name for name, entry in paths.items() if entry.get("type") != "directory")
     folders = sorted(name for name in paths if name not in files)
-    chosen = _chosen(files, folders, split, label)
+    chosen = _chosen(files, folders, split, asked.label)
     return (part_of(name, lambda name=name: opened(str(paths[name]["name"]))) for name in chosen)  # type: ignore[misc]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
-from rankwise.errors import UsageError
+from rankwise.errors import UsageError, without_secrets
 from rankwise.records import Finding, RunConfig, now, version
 from rankwise.tuning import attach
 from rankwise.tuning.options import DEFAULT_LENGTH, OPTIMIZERS, Options, Settings, settle
@@ -155,7 +155,7 @@ def _digest(columns: dict[str, list[list[int]]]) -> str:
 
 def _name(thing: Any) -> str:
     if isinstance(thing, str | PathLike):
-        return fspath(thing)
+        return without_secrets(fspath(thing))
     return f"{type(thing).__name__} in memory"
 
 
@@ -191,7 +191,7 @@ def head_of(command: Sequence[str] | None, model: Any, job: Job, seed: int) -> d
     return {
         "rankwise": version(),
         "created": now(),
-        "command": tuple(command) if command is not None else (call,),
+        "command": tuple(map(without_secrets, command)) if command is not None else (call,),
         "device": str(next(job.loaded.model.parameters()).device),
         "seed": seed,
     }

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from rankwise.errors import foreign
 from rankwise.records import Finding, GroupHealth, LossPoint, RunRecord, Status
 from rankwise.tuning.preparing import Job
 
@@ -42,8 +43,9 @@ def record_of(head: dict[str, Any], job: Job, *, status: Status, error: str | No
         "findings": job.findings,
     }
     params = sum(lora.params for lora in job.laid.values())
+    told = None if error is None else foreign(error)
     return RunRecord(
-        **head, format=RunRecord.FORMAT, config=job.config, status=status, params=params, error=error, **empty | found
+        **head, format=RunRecord.FORMAT, config=job.config, status=status, params=params, error=told, **empty | found
     )
 
 

@@ -116,8 +116,8 @@ def test_a_row_that_comes_again_costs_little(tiny: Loaded) -> None:
     once = measured(tiny, rows, steps=0)
     twice = measured(tiny, (*rows, *rows), steps=0)
     first, again = (math.fsum(r.news for r in part) for part in (twice.rows[: len(rows)], twice.rows[len(rows) :]))
-    # the halves are others, and so are the weights learnt from them
-    assert first == pytest.approx(math.fsum(r.news for r in once.rows), rel=0.1)
+    # nothing is learnt from rows to come; float32 sums in batches of another size
+    assert first == pytest.approx(math.fsum(r.news for r in once.rows), rel=1e-3)
     assert again < 0.25 * first
 
 

@@ -61,7 +61,7 @@ def test_the_ranks_hold_the_bits(bits: float) -> None:
 def test_more_bits_never_get_less_rank() -> None:
     ranks = [plan(evidence(bits))[0].modules[0].r for bits in (10.0, 1e3, 1e4, 1e5, 1e7)]
     assert ranks == sorted(ranks)
-    assert ranks[0] == 8
+    assert ranks[0] == 64
     assert ranks[-1] == 128, "no more than the smaller side"
 
 
@@ -123,13 +123,13 @@ def test_a_module_too_small_for_the_rank_gets_what_it_has_room_for_at_the_same_s
     found = evidence(300.0)
     for rule in ("lora", "rslora", "unscaled"):
         start = start_of("facts", found.capacity, shapes, scaling=rule, lora_alpha=None)
-        assert start.rank == 8
+        assert start.rank == 64
         made, _, _ = recommend(start, shapes, found, HEAD, ("data", "model"))
-        assert [m.r for m in made.modules] == [8, 8, 2]
-        assert made.params == 8 * 768 + 2 * 130
+        assert [m.r for m in made.modules] == [64, 64, 2]
+        assert made.params == 64 * 768 + 2 * 130
         for module in made.modules:
             assert module.scaling == pytest.approx(scaling(rule, module.lora_alpha, module.r))
-            assert module.scaling == made.scale == pytest.approx(scaling(rule, 16.0, 8))
+            assert module.scaling == made.scale == pytest.approx(scaling(rule, 16.0, 64))
         assert "1 of 3 are smaller than that" in made.why
     assert "are smaller" not in plan(found)[0].why
 
@@ -151,8 +151,8 @@ def test_where_more_rank_would_be_wanted_than_there_is_the_reason_says_so() -> N
 def test_the_reason_of_each_choice_is_given() -> None:
     why = plan(evidence(300.0))[0].why
     for words in (
-        "Rank 8: 300 bits need",
-        "no less than 8",
+        "Rank 64: 300 bits need",
+        "no less than 64",
         "Rule rslora, alpha 16",
         "Learning rate 0.0002: a usual",
     ):

@@ -51,14 +51,14 @@ def _energy(these: These) -> Figure | None:
         points = {"type": "scatter", "mode": mode, "x": [r for r, _ in kept], "y": [drawn(m) for _, m in kept]}
         hover = {"hovertemplate": "rank %{x}: %{y:.2%}<extra>%{fullData.name}</extra>"}
         traces.append(points | one.look(size=6) | hover)
-        rows.append(dict(kept))
+        rows.append((one.letter, dict(kept)))
     if not traces:
         return None
-    ranks = sorted({r for row in rows for r in row if r & (r - 1) == 0 or r == longest})
+    ranks = sorted({r for _, row in rows for r in row if r & (r - 1) == 0 or r == longest})
     table = Table(
         "Mean share of the energy by rank",
-        ("rank", *(str(t["name"]) for t in traces)),
-        tuple((str(r), *(words.share(row.get(r)) for row in rows)) for r in ranks),
+        ("rank", *(f"mean share, {letter}" for letter, _ in rows)),
+        tuple((str(r), *(words.share(row.get(r)) for _, row in rows)) for r in ranks),
     )
     return Figure(
         name="compare-energy",

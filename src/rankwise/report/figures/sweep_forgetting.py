@@ -5,13 +5,14 @@ In: a sweep record. Out: a figure, or None where forgetting was not measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
 from rankwise.records import SweepPoint, SweepRecord
 from rankwise.report import words
-from rankwise.report.drawing import Figure, Json, Table, drawn, known, layout, plain, value_axis
+from rankwise.report.drawing import Figure, Json, Table, drawn, known, layout, log_axis, plain, value_axis
 from rankwise.report.looks import fractions, hue, label_places, rule_words, spaced, symbols
 from rankwise.report.sweep_looks import (
     ESTIMATE_HEAD,
@@ -19,6 +20,7 @@ from rankwise.report.sweep_looks import (
     bars,
     estimate_cells,
     estimate_words,
+    half_width,
     legends,
     named,
     quantity_axis,
@@ -37,6 +39,11 @@ MOST_BARS: Final = 40
 """Points up to which all have error bars."""
 
 
+MOST_LINEAR: Final = 20.0
+"""Largest forgetting over the smallest, both positive, up to which the axis is linear: beyond it a few broken settings
+would push all others, and with them the front, into a corner."""
+
+
 def placed(record: SweepRecord) -> list[SweepPoint]:
     """Return the settings with both numbers and all their seeds."""
     return [
@@ -52,7 +59,33 @@ def _hover(p: SweepPoint, by: Quantity) -> str:
     return f"{setting}<br>{plain(estimate_words(p.score, by))}<br>forgetting {plain(cost)} nats a token"
 
 
-def _cloud(points: list[SweepPoint], by: Quantity, shapes: dict[int, str], rule: str, *, with_bars: bool) -> Json:
+def _across(costs: Sequence[float]) -> Json:
+    """Return the axis of forgetting: over the means, since a wide interval would push all points into a corner."""
+    if min(costs) > 0 and max(costs) > MOST_LINEAR * min(costs):
+        return log_axis("forgetting, nats a token (log scale)", costs)
+    return value_axis("forgetting, nats a token", costs)
+
+
+def _left_end(across: Json) -> float:
+    """Return the forgetting at the left end of the axis."""
+    low = float(across["range"][0])
+    return 10**low if across.get("type") == "log" else low
+
+
+def _bars_across(points: Sequence[SweepPoint], color: str, across: Json) -> Json:
+    """Return the bars of forgetting; on a log axis one that reaches 0 or below ends at the frame."""
+    made = bars([p.forgetting for p in points], color) | {"thickness": 0.8, "width": 2}
+    if across.get("type") != "log":
+        return made
+    room = [(known(p.forgetting.mean) or 0.0) - _left_end(across) for p in points]
+    halves = [half_width(p.forgetting) or 0 for p in points]
+    below = [drawn(min(half, most)) for half, most in zip(halves, room, strict=True)]
+    return made | {"symmetric": False, "arrayminus": below}
+
+
+def _cloud(
+    points: list[SweepPoint], by: Quantity, shapes: dict[int, str], rule: str, across: Json, *, with_bars: bool
+) -> Json:
     color = hue(rule)
     mine = [p for p in points if p.scaling == rule]
     trace: Json = {
@@ -75,7 +108,7 @@ def _cloud(points: list[SweepPoint], by: Quantity, shapes: dict[int, str], rule:
     }
     if with_bars:
         trace |= {
-            "error_x": bars([p.forgetting for p in mine], color) | {"thickness": 0.8, "width": 2},
+            "error_x": _bars_across(mine, color, across),
             "error_y": bars([p.score for p in mine], color) | {"thickness": 0.8, "width": 2},
         }
     return trace
@@ -127,12 +160,14 @@ def _told_of(heights: Sequence[float]) -> set[int]:
 
 
 def _named(
-    points: list[SweepPoint], front: list[SweepPoint], wide: Sequence[float], tall: Sequence[float], *, with_bars: bool
+    points: list[SweepPoint], front: list[SweepPoint], across: Json, tall: Sequence[float], *, with_bars: bool
 ) -> tuple[list[str], list[str]]:
     """Return a label for each place on the front, empty for most, and where it stands clear of what is drawn."""
 
     def spot(cost: float | None, score: float | None) -> tuple[float, float]:
-        return fractions([known(cost) or 0.0], *wide)[0], fractions([known(score) or 0.0], *tall)[0]
+        along = max(known(cost) or 0.0, _left_end(across))
+        along = math.log10(along) if across.get("type") == "log" else along
+        return fractions([along], *across["range"])[0], fractions([known(score) or 0.0], *tall)[0]
 
     spots = [spot(p.forgetting.mean, p.score.mean) for p in front]
     told_of = sorted(_told_of([y for _, y in spots]))  # room for the empty labels of a long front is not looked for
@@ -158,13 +193,14 @@ def draw(record: SweepRecord) -> Figure | None:
     shapes = symbols(p.rank for p in points)
     few = len(points) <= MOST_BARS
     costs = [known(p.forgetting.mean) or 0.0 for p in points]
-    across = value_axis("forgetting, nats a token", costs)  # a wide interval would push all points into a corner
+    across = _across(costs)
+    logarithmic = across.get("type") == "log"
     upward = quantity_axis(by, [p.score for p in points])
     front = sorted((p for p in points if p.on_front), key=lambda p: known(p.forgetting.mean) or 0.0)
-    labels, places = _named(points, front, across["range"], upward["range"], with_bars=few)
+    labels, places = _named(points, front, across, upward["range"], with_bars=few)
     rules = [rule for rule in record.config.scaling if any(p.scaling == rule for p in points)]
     traces = _legend(rules, shapes, float(upward["range"][0]))
-    traces += [_cloud(points, by, shapes, rule, with_bars=few) for rule in rules]
+    traces += [_cloud(points, by, shapes, rule, across, with_bars=few) for rule in rules]
     traces.append(_front(front, places, labels))
     keys, room = legends(430, len(shapes), len(rules) + 1)
     margin = {"l": 66, "r": 24, "t": 20, "b": 50 + room}
@@ -179,12 +215,13 @@ def draw(record: SweepRecord) -> Figure | None:
         layout=plot,
         caption=(
             f"Upwards {named(by, capital=False)}, across the rise of the loss on text that the base modelled already "
-            f"(nats a token, 0 is the base itself): means over seeds, n = {words.count(len(points), 'setting')}.",
+            f"(nats a token, 0 is the base itself): means over seeds, n = {words.count(len(points), 'setting')}."
+            + (" That axis is logarithmic, and the base itself, at 0, has no place on it." if logarithmic else ""),
             "The dotted line joins the settings that no other one beats in both, by their means; where intervals "
             "overlap, neighbours are not told apart.",
             "Forgetting is measured on one kind of text: what else may have been lost is not in this figure.",
         ),
-        detail="intervals of forgetting may reach past the frame"
+        detail=f"intervals of forgetting may reach {'0 or less, and ' if logarithmic else ''}past the frame"
         if few
         else f"intervals are left out for {len(points)} points; the table has them",
         fallback=_table(points, by),

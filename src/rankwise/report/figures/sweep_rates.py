@@ -36,6 +36,9 @@ MOST_RANKS: Final = 8
 """Lines in a panel: as many as there are markers that tell them apart."""
 
 
+SHORT: Final = "fewer seeds than its rivals"
+
+
 def shown_ranks(record: SweepRecord) -> list[int]:
     """Return the ranks that get a line, the smallest and the largest among them."""
     ranks = record.config.ranks
@@ -54,24 +57,50 @@ def _hover(point: SweepPoint, by: Quantity) -> str:
     return "<br>".join(map(plain, (setting, estimate_words(point.score, by), *ended)))
 
 
-def _whole(point: SweepPoint) -> bool:
-    """Tell whether a point belongs to a line: it has a score, and no seed of it was lost."""
-    return known(point.score.mean) is not None and not point.diverged and not point.failed
+def _short(point: SweepPoint) -> bool:
+    """Tell whether a point has a mean of too few seeds to stand beside its rivals, though none of them was lost."""
+    lost = point.diverged or point.failed
+    return known(point.score.mean) is not None and not point.eligible and not lost
 
 
 def _line(record: SweepRecord, rule: str, rank: int, axes: Json) -> Json:
     by, color = score_of(record), hue(rule)
-    points = [p for p in record.points if (p.scaling, p.rank) == (rule, rank)]  # a lost one leaves a gap
+    points = [p for p in record.points if (p.scaling, p.rank) == (rule, rank)]  # what cannot be best leaves a gap
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": f"rank {rank}",
         "x": [p.learning_rate for p in points],
-        "y": [drawn(p.score.mean) if _whole(p) else None for p in points],
+        "y": [drawn(p.score.mean) if p.eligible else None for p in points],
         "error_y": bars([p.score for p in points], color),
         "opacity": _strength(record, rank),
         "line": {"width": 2, "color": color},
         "marker": {"size": 8, "color": color, "symbol": symbols(shown_ranks(record))[rank]},
+        "customdata": [_hover(p, by) for p in points],
+        "hovertemplate": "%{customdata}<extra></extra>",
+        "showlegend": False,
+        "cliponaxis": False,
+    } | axes
+
+
+def _open(record: SweepRecord, rule: str, axes: Json) -> Json:
+    """Return the open marks, off the lines: means of fewer seeds than other rates of their rank have."""
+    by, color, shapes = score_of(record), hue(rule), symbols(shown_ranks(record))
+    points = [p for p in record.points if p.scaling == rule and p.rank in shapes and _short(p)]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": SHORT,
+        "x": [p.learning_rate for p in points],
+        "y": [drawn(p.score.mean) for p in points],
+        "error_y": bars([p.score for p in points], color) | {"width": 0},  # one seed has none: no ends in an open mark
+        "marker": {
+            "size": 8,
+            "color": color,
+            "symbol": [f"{shapes[p.rank]}-open" for p in points],
+            "opacity": [_strength(record, p.rank) for p in points],
+            "line": {"width": 1.6, "color": color},
+        },
         "customdata": [_hover(p, by) for p in points],
         "hovertemplate": "%{customdata}<extra></extra>",
         "showlegend": False,
@@ -130,6 +159,8 @@ def _legend(record: SweepRecord, floor: float) -> list[Json]:
     entries.append(("best rate of its rank", "circle-open", open_))
     if any(b.on_edge for b in record.best):
         entries.append(("best, on the grid’s edge", "square-open", open_))
+    if any(map(_short, record.points)):
+        entries.append((SHORT, "square-open", {"size": 8, "color": "@ink", "line": {"width": 1.6, "color": "@ink"}}))
     if any(p.diverged or p.failed for p in record.points):
         entries.append(("a seed diverged or failed", BROKEN, {"size": 10, "color": "@error"}))
     return [
@@ -174,6 +205,12 @@ def _marks(record: SweepRecord) -> tuple[str, ...]:
     failed = sum(p.failed for p in record.points)
     if failed:
         told.append(f"{words.count(failed, 'run')} failed or {'was' if failed == 1 else 'were'} stopped.")
+    short = sum(map(_short, record.points))
+    if short:
+        told.append(
+            f"Open marks, off the lines: {words.count(short, 'setting')} with fewer seeds than other rates of the same "
+            "rule and rank. A mean of few wins by chance, so none of these is called best."
+        )
     edges: list[SweepBest] = [b for b in record.best if b.on_edge]
     if edges:
         told.append(
@@ -189,6 +226,7 @@ def _table(record: SweepRecord, by: Quantity) -> Table:
     for p in record.points:
         chosen = best.get((p.scaling, p.rank, p.learning_rate))
         note = "" if chosen is None else "best, on the edge" if chosen.on_edge else "best"
+        note = "fewer seeds" if _short(p) else note
         counts = (str(p.done), str(p.diverged), str(p.failed))
         rows.append(
             (rule_words(p.scaling), str(p.rank), rate_words(p.learning_rate), *counts, *estimate_cells(p.score), note)
@@ -202,8 +240,9 @@ def draw(record: SweepRecord) -> Figure | None:
     rules, by = list(record.config.scaling), score_of(record)
     if not record.points:
         return None
-    estimates = [p.score for p in record.points]
-    upward = quantity_axis(by, estimates)
+    barred = [p.score for p in record.points if p.eligible or _short(p)]
+    crosses = [mean for p in record.points if (mean := known(p.score.mean)) is not None]  # without their intervals
+    upward = quantity_axis(by, barred, crosses)
     floor = float(upward["range"][0])
     traces = _legend(record, floor)
     for panel, rule in enumerate(rules):
@@ -212,6 +251,7 @@ def draw(record: SweepRecord) -> Figure | None:
         traces += [
             _rings(record, rule, axes, on_edge=False),
             _rings(record, rule, axes, on_edge=True),
+            _open(record, rule, axes),
             _broken(record, rule, floor, axes),
         ]
     height = len(rules) * PANEL + (len(rules) - 1) * GAP + 84
@@ -236,7 +276,8 @@ def draw(record: SweepRecord) -> Figure | None:
             f"{named(by)}: means over seeds with 95 % t-intervals, a panel a rule and a line a "
             "rank; the larger the rank, the stronger the line.",
             f"Marked is the {'lowest' if record.config.score == 'loss' else 'highest'} mean of each rank among the "
-            "rates at which no seed was lost. Rates whose intervals overlap its own are not told apart from it.",
+            "rates at which no seed diverged or was stopped and as many are done as at any such rate of the rank. "
+            "Rates whose intervals overlap its own are not told apart from it.",
         ),
         detail="" if len(shown) == len(ranks) else f"{len(shown)} of {len(ranks)} ranks; the table has them all",
         fallback=_table(record, by),

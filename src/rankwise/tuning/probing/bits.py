@@ -1,4 +1,4 @@
-"""Bits to learn: the length of a code of the targets for a reader who has the base, and has seen their form.
+"""Bits to learn: the length of a code of the targets for a reader who has the base, their prompts and their form.
 
 In: a model and rows of tokens. Out: for every row what it costs the base, what it costs once the form is known, and
 what it costs after the rows before it, each in bits.
@@ -10,10 +10,11 @@ Three things make the loss of a base larger than what has to be stored, and each
    that speak of the same thing stand in the same half (`related`).
 2. Repetition. A fact in three wordings is one fact. The rows are coded in their order by a mixture of predictors: the
    adapted model, and the same model restricted to tokens that the targets of earlier related rows are made of. The
-   weight of each is learnt from the other half and on the way, from how often it was right (a KT estimator a context),
-   and so is which wordings go together (`mixing`). A row that equals an earlier one is told as such. So the sum is the
-   length of a code that a reader who knows the form could decode: an upper bound on what there is, as long as no form
-   that was taken off holds facts.
+   weight of each is learnt on the way, from how often it was right in the rows before (`mixing`), and so is which
+   wordings go together. A row that equals an earlier one is told as such. So the sum is the length of a code that can
+   be decoded, and an upper bound. The reader has to have the base, the prompts and the lengths, the adapters of the
+   form, and has to know which of the two a row is coded by. The adapters are not counted, as form is not: the facts in
+   each are those of the half that it does not judge. Where the halves could not be kept apart, no bound is claimed.
 3. What the base knows, which costs it nothing.
 
 What is left out: inferences that take two rows, such as a city that follows from an employer.
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,7 +50,6 @@ from rankwise.tuning.probing.related import (
     heads_of,
     relate,
     twins_of,
-    wordings,
 )
 
 if TYPE_CHECKING:
@@ -129,15 +129,12 @@ def measure(
     looks: list[tuple[Look, ...]] = []
     steps: list[int] = []
     apart = True
-    both: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (((), tuple(range(len(rows)))),)
-    if len(rows) >= FEWEST:
-        relations, one, two, apart = _apart(rows, base, relations, seed)
-        both = ((one, two), (two, one))
     heads = heads_of(rows)
     if len(rows) < FEWEST:
         seen = _seen(model, rows, range(len(rows)), relations, heads)
     else:
-        for number, (learn, judge) in enumerate(both):
+        relations, one, two, apart = _apart(rows, base, relations, seed)
+        for number, (learn, judge) in enumerate(((one, two), (two, one))):
             with adapted(
                 model,
                 names,
@@ -152,22 +149,34 @@ def measure(
                 looks.append(made.looks)
                 steps.append(made.steps)
                 seen |= _seen(made.model, rows, judge, relations, heads)
-    told = wordings(rows, relations)
-    news: dict[int, float] = {}
-    said_before = zip(relations, heads, twins_of(rows), strict=True)
-    mixed = [bool(relation.rows or head or twin.known) for relation, head, twin in said_before]
-    for learn, judge in both:
-        mixture = Mixture(rows, told)
-        for i in learn:
-            if mixed[i]:
-                mixture.cost(i, seen[i], relations[i])
-        news |= {i: mixture.cost(i, seen[i], relations[i]) for i in judge if mixed[i]}
+    news = coded(rows, seen, relations, heads)
     found = []
     for i, row in enumerate(rows):
         formed = math.fsum(place.bits for place in seen[i].places)
-        found.append(RowBits(plain[i], formed, news.get(i, formed), len(row.targets)))
+        found.append(RowBits(plain[i], formed, news[i], len(row.targets)))
     related = sum(bool(relation.rows) for relation in relations)
     return Measured(tuple(found), tuple(looks), tuple(steps), apart, related)
+
+
+def coded(
+    rows: Sequence[TokenRow], seen: Mapping[int, Seen], relations: Sequence[Relation], heads: Sequence[Head]
+) -> tuple[float, ...]:
+    """Return the bits of every row, coded one after another; nothing is taken from the rows after it.
+
+    Args:
+        rows: in their order.
+        seen: what a model that has not seen a row makes of it, by its number.
+        relations: as `relate` returns them.
+        heads: as `heads_of` returns them.
+    """
+    mixture = Mixture(rows)
+    found = []
+    for i, (relation, head, twin) in enumerate(zip(relations, heads, twins_of(rows), strict=True)):
+        if relation.rows or head or twin.known:
+            found.append(mixture.cost(i, seen[i], relation))
+        else:
+            found.append(math.fsum(place.bits for place in seen[i].places))
+    return tuple(found)
 
 
 def _check(bits: Sequence[float]) -> None:

@@ -205,8 +205,9 @@ def _gradient(pull: Any) -> ProbeGradient:
 def caveats(*, tiny: bool, form: str, job: Job) -> tuple[str, ...]:
     """Return what the figures do not say."""
     found = [
-        "Bits to learn are what it takes to know these rows by heart. They are an upper bound: what follows only "
-        "from two rows together, or from reasoning, is counted as news.",
+        "Bits to learn are what it takes to know these rows by heart. They are the length of a code, and so an upper "
+        "bound where the halves were kept apart: what follows only from two rows together, or from reasoning, is "
+        "counted as news.",
         "That the bits fit into a rank does not mean that they will be learnt: in our runs learning rate and exposures "
         "bound before room did.",
         "The gradient at the base says how training begins. Its effective rank did not tell facts from style in our "

@@ -29,9 +29,6 @@ MOST_RELATED: Final = 64
 TEXT_KEY: Final = 16
 """Tokens at the head of a text that stand for a prompt, a quarter of it at most."""
 
-COMMON: Final = 0.1
-"""Share of the clusters in which a word has to stand to be one of form: names are in a few, "was born on" in all."""
-
 SHARED: Final = 0.5
 """Share of the rows that have a word in their keys, from which it may be part of a system prompt."""
 
@@ -146,7 +143,9 @@ def relate(
         for at in key_of(row):
             token = row.ids[at]
             weights[token] = max(weights.get(token, 0.0), bits[number][at])
-        weights = {token: weight for token, weight in weights.items() if token not in but} or weights
+        telling = {token: weight for token, weight in weights.items() if token not in but}
+        if sum(telling.values()) > 0:  # what is left may cost the base nothing, and tell as little
+            weights = telling
         total = sum(weights.values())
         touched: list[NDArray[np.int64]] = []
         for token, weight in weights.items():
@@ -172,24 +171,6 @@ def _nearest(scores: NDArray[np.float64], touched: list[NDArray[np.int64]], tota
         return Relation((), 0.0)
     order = near[np.lexsort((-near, -scores[near]))][:MOST_RELATED]  # the later of two equals first
     return Relation(tuple(int(i) for i in order), min(1.0, float(scores[order[0]]) / total))
-
-
-def wordings(rows: Sequence[TokenRow], relations: Sequence[Relation]) -> tuple[int, ...]:
-    """Return for each row a number of its wording: its key without the words that tell what it is about.
-
-    A word belongs to a wording where rows of `COMMON` of all clusters have it in their keys, and of two at least.
-    """
-    clusters = clusters_of(relations)
-    holders: Counter[int] = Counter()
-    for members in clusters:
-        holders.update({rows[i].ids[at] for i in members for at in key_of(rows[i])})
-    least = max(2.0, COMMON * len(clusters))
-    numbers: dict[tuple[int, ...], int] = {}
-    found = []
-    for row in rows:
-        wording = tuple(row.ids[at] for at in key_of(row) if holders[row.ids[at]] >= least)
-        found.append(numbers.setdefault(wording, len(numbers)))
-    return tuple(found)
 
 
 def clusters_of(relations: Sequence[Relation], *, links: int = 1) -> list[list[int]]:
