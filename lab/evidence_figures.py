@@ -22,7 +22,7 @@ from rankwise.records import RunRecord, SweepRecord, read_record, to_json
 from rankwise.reporting.grids import gather
 from rankwise.reporting.reading import Loaded
 
-PICTURES = {"ranks": ("sweep-ranks",), "rates": ("sweep-rates", "sweep-forgetting")}
+PICTURES = {"ranks": ("sweep-answer",), "rates": ("sweep-rates", "sweep-forgetting")}
 """Grid of `evidence_runs.py` -> figures that are drawn of it."""
 
 
