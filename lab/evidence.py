@@ -508,7 +508,7 @@ def allocation(runs: Runs, tuned: Sequence[Path]) -> list[Finding]:
 def foreseen(runs: Runs) -> list[Finding]:
     """Claim 22: the check sees a rate that will diverge before a whole run."""
     made = []
-    for rule, rate in (("rslora", 1e-2), ("rslora", 1e-3), ("lora", 1e-2)):
+    for rule, rate in (("rslora", 1.6e-2), ("rslora", 2e-3), ("lora", 1.6e-2), ("lora", 4e-3)):
         path = runs.folder / f"check {rule} {rate:g}.json"
         if not path.exists():
             record = rankwise.check(

@@ -12,17 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 import rankwise
 from rankwise.records import ProbeRecord, RunRecord, read_record, to_json
 from rankwise.tuning.world.builtin import read_builtin
 from rankwise.tuning.world.pools import BITS_PER_PERSON
 
-PEOPLE = (10, 20, 40, 80)
+PEOPLE = (10, 20, 40, 80, 160)
 RANKS, RATES, SHARE = (1, 4, 16, 64), (1 / 3, 1.0), 0.9
 EXPOSURES, WORDINGS, BATCH = 21, 3, 32
 
@@ -107,9 +110,12 @@ def ranks(out: Path, all_tasks: dict[str, tuple[str, Any]], only: list[str] | No
         chosen = max(plan.modules, key=lambda module: module.r)  # small modules get less
         steps = max(1, round(EXPOSURES / WORDINGS * record.examples / BATCH))
         gained: dict[int, float] = {}
+        # of a mixture the facts are asked: the manner would drown them
+        asked = re.sub(r"facts (\d+) and style \d+", r"rankwise:facts?n=\1&seed=100", name) if " and " in name else None
         for rank in sorted({*RANKS, chosen.r}):
             for share in RATES:
-                run = trained(out, name, model, data, rank, plan.rule, (plan.learning_rate or 1e-3) * share, steps)
+                rate = (plan.learning_rate or 1e-3) * share
+                run = trained(out, name, model, data, rank, plan.rule, rate, steps, asked)
                 gain = None if run.recall is None else run.recall.bits
                 if gain is not None:
                     gained[rank] = max(gained.get(rank, gain), gain)
@@ -124,8 +130,10 @@ def ranks(out: Path, all_tasks: dict[str, tuple[str, Any]], only: list[str] | No
         )
 
 
-def trained(out: Path, name: str, model: str, data: Any, rank: int, rule: str, rate: float, steps: int) -> RunRecord:
-    """Train one cell of the sweep, or read it."""
+def trained(
+    out: Path, name: str, model: str, data: Any, rank: int, rule: str, rate: float, steps: int, asked: str | None = None
+) -> RunRecord:
+    """Train one cell of the sweep, or read it; what is `asked` instead of the rows trained on is recalled from it."""
     path = out / f"run {name}, rank={rank}, {rule}, lr={rate:.2g}.json"
     if path.exists():
         return read_record(path, RunRecord)
@@ -145,6 +153,8 @@ def trained(out: Path, name: str, model: str, data: Any, rank: int, rule: str, r
         force=True,
         device="cpu",
     )
+    if asked is not None:
+        record = msgspec.structs.replace(record, recall=rankwise.recall(model, work, asked, device="cpu").recall)
     path.write_text(to_json(record))
     shutil.rmtree(work)
     print(

@@ -591,6 +591,16 @@ def test_every_module_within_its_signal_says_where_that_falls_short() -> None:
     assert "signal-ends-first" not in {f.code for f in enough.findings}
 
 
+def test_unequal_ranks_of_a_full_fine_tune_come_with_a_word_on_what_they_minimise() -> None:
+    full = spectra(module(Q, [3, 2, 1], (8, 8)), module(UP, [1.5, 0.1], (8, 8)))
+    unequal = rankwise.plan(full, energy=0.9)
+    assert len({m.r for m in unequal.modules}) == 2
+    assert "error-is-not-loss" in {f.code for f in unequal.findings}
+    assert "error-is-not-loss" not in {f.code for f in rankwise.plan(full, rank=2).findings}
+    adapter = spectra(module(Q, [3, 2, 1], (8, 8)), module(UP, [1.5, 0.1], (8, 8)), kind="adapter")
+    assert "error-is-not-loss" not in {f.code for f in rankwise.plan(adapter, energy=0.9).findings}
+
+
 @pytest.mark.parametrize("options", [{"relative": True}, {"weights": {"q_proj": 1e-6}}], ids=str)
 def test_an_error_that_was_not_minimised_is_no_sign_against_a_plan(
     rng: np.random.Generator, options: dict[str, Any]

@@ -177,6 +177,7 @@ def findings(record: PlanRecord, chosen: Chosen, spectra: SpectraRecord, updates
         _signal_ends(record, chosen),
         _capped(record, chosen, updates),
         _ends_at_r(record, spectra),
+        _error_alone(record, spectra),
     )
     found += [f for f in makers if f is not None]
     if record.params >= sum(m.shape[0] * m.shape[1] for m in record.modules):
@@ -259,6 +260,20 @@ def _ends_at_r(record: PlanRecord, spectra: SpectraRecord) -> Finding | None:
         "Its spectra end at its own rank: whether more would have been used there, they cannot say."
     )
     return Finding(code="ends-at-adapter-rank", level="info", text=text)
+
+
+def _error_alone(record: PlanRecord, spectra: SpectraRecord) -> Finding | None:
+    """Unequal ranks for a full fine-tune: the least error of its weights was not the best recall where we looked."""
+    if spectra.kind != "delta" or record.choice is None or record.choice.kind in ("rank", "signal"):
+        return None
+    if len({m.r for m in record.modules}) < 2:
+        return None
+    text = (
+        "These ranks leave the least error of the weights, which need not be the least loss: of three full fine-tunes "
+        "of rankwise:tiny on facts, planned ranks left 4 % less error than rank 8 everywhere, and recalled 14 of 46.6 "
+        "bits a person where rank 8 everywhere recalled 23. Extract both ways and measure, before you rely on either."
+    )
+    return Finding(code="error-is-not-loss", level="info", text=text)
 
 
 def _alike(record: PlanRecord) -> Finding | None:

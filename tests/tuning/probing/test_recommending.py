@@ -69,6 +69,9 @@ def test_facts_style_and_nothing_are_told_apart() -> None:
     assert job_of(5400, 17000, 1800) == "facts"
     assert job_of(3200, 456_000, 1440) == "style"
     assert job_of(50, 60, 100) == "nothing"
+    assert job_of(3_712, 117_000, 720, stored=0.35) == "facts", "told in a manner that costs far more than they do"
+    assert job_of(2_207, 228_000, 720, stored=0.14) == "style"
+    assert job_of(50, 60, 100, stored=0.3) == "nothing"
     assert job_of(900, 30_000, 100) == "facts", "nine bits of news a row are facts, however much form there is beside"
 
 

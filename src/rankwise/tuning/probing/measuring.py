@@ -26,7 +26,7 @@ from rankwise.tuning.probing.capacity import capacity_of
 from rankwise.tuning.probing.gradients import pulls
 from rankwise.tuning.probing.passes import rows_of
 from rankwise.tuning.probing.rates import RatePoint, ramp
-from rankwise.tuning.probing.recommending import Evidence, Start, job_of, recommend, start_of
+from rankwise.tuning.probing.recommending import STORED_BITS, Evidence, Start, job_of, recommend, start_of
 from rankwise.tuning.probing.recording import Drawn, Form, Found, record_of
 
 Progress = Callable[[str, int, int], None]
@@ -179,7 +179,8 @@ def _find(
     )
     scale = count / len(rows)
     base, formed, news = (scale * math.fsum(getattr(r, kind) for r in measured.rows) for kind in _KINDS)
-    job: Job = _job(asked.job) if asked.job is not None else job_of(news, base, count)
+    stored = sum(row.news >= STORED_BITS for row in measured.rows) / max(1, len(measured.rows))
+    job: Job = _job(asked.job) if asked.job is not None else job_of(news, base, count, stored=stored)
     preset = PRESETS["knowledge" if job == "facts" else "persona"]
     epochs = asked.epochs if asked.epochs is not None else preset.epochs
     exposures = epochs * max(1.0, formed / news if news > 0 else 1.0)
