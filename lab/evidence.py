@@ -353,7 +353,7 @@ def densities(runs: Runs) -> list[Finding]:
             tables[seed] = {"+".join(k): v for k, v in best.items()}
     if ratios:
         _, low, high = interval(ratios)
-        words = f"MLP over attention {said(ratios)}, 42 exposures, best of two rates"
+        words = f"MLP over attention {said(ratios)}, 42 exposures, at 3e-3"
         verdict = within(low, high, lambda e: 1.5 <= e <= 2.5) if not low < 1.5 < 2.5 < high else "undecided"
         made.append(Finding("14", "a parameter of the MLP holds twice the bits", words, verdict, tables))
     steps: dict[int, float] = {}
