@@ -303,14 +303,19 @@ def after_tuning(runs: Runs) -> list[Finding]:
     made = []
     for rank in SWEPT:
         rows = {rule: runs.whole(rank, rule, RATES) for rule in RULES}
-        seeds = [s for s in runs.seeds if all(s in rows[rule] for rule in RULES)]
-        gaps = [100 * (max(rows["rslora"][s].values()) / max(rows["lora"][s].values()) - 1) for s in seeds]
-        if gaps:
-            _, low, high = interval(gaps)
-            verdict = within(low, high, lambda e: abs(e) <= 2) if not low < -2 < 2 < high else "undecided"
-            what = f"rank {rank}: the rules within 2 % of each other, each at its best rate"
-            made.append(Finding("11", what, f"alpha / sqrt(r) ahead by {said(gaps, '+.0f')} %", verdict, gaps))
+        made += _gap("11", f"rank {rank}: the rules within 2 % of each other, each at its best rate", rows)
     return made
+
+
+def _gap(claim: str, what: str, rows: dict[str, dict[int, dict[float, float]]]) -> list[Finding]:
+    """Say by how much the best of alpha / sqrt(r) lies above the best of alpha / r, over the seeds that have both."""
+    seeds = [seed for seed in rows["lora"] if seed in rows["rslora"]]
+    gaps = [100 * (max(rows["rslora"][s].values()) / max(rows["lora"][s].values()) - 1) for s in seeds]
+    if not gaps:
+        return []
+    _, low, high = interval(gaps)
+    verdict = within(low, high, lambda e: abs(e) <= 2) if not low < -2 < 2 < high else "undecided"
+    return [Finding(claim, what, f"alpha / sqrt(r) ahead by {said(gaps, '+.0f')} %", verdict, gaps)]
 
 
 def spectra(files: Sequence[Path]) -> list[Finding]:
@@ -555,13 +560,7 @@ def elements(runs: Runs) -> list[Finding]:
             made.append(Finding("5, real", what, words, verdict, rows))
     for rank in (4, 64):
         rows = {rule: runs.whole(rank, rule, rates, steps=300, data="elements") for rule in RULES}
-        seeds = [s for s in runs.seeds if all(s in rows[rule] for rule in RULES)]
-        gaps = [100 * (max(rows["rslora"][s].values()) / max(rows["lora"][s].values()) - 1) for s in seeds]
-        if gaps:
-            _, low, high = interval(gaps)
-            verdict = within(low, high, lambda e: abs(e) <= 2) if not low < -2 < 2 < high else "undecided"
-            what = f"rank {rank}: the rules within 2 %, each at the better of two rates, elements"
-            made.append(Finding("11, real", what, f"alpha / sqrt(r) ahead by {said(gaps, '+.0f')} %", verdict, gaps))
+        made += _gap("11, real", f"rank {rank}: the rules within 2 %, each at the better of two rates, elements", rows)
     return made
 
 

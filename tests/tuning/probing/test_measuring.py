@@ -8,11 +8,12 @@ import pytest
 
 pytest.importorskip("torch", reason="torch comes with the train extra")
 
+from rankwise.tuning.probing import measuring
 from rankwise.tuning.probing.adapting import Look
 from rankwise.tuning.probing.bits import Measured, RowBits
 from rankwise.tuning.probing.measuring import BLOCK, _form_rank, _sampled
 from rankwise.tuning.probing.passes import TokenRow
-from rankwise.tuning.probing.recording import caveats, findings_of, quantiles
+from rankwise.tuning.probing.recording import Drawn, Form, caveats, findings_of, quantiles
 
 ROWS = tuple(TokenRow((1, i, 5), (-100, -100, 5)) for i in range(20))
 FINE = Measured(
@@ -71,3 +72,18 @@ def test_running_text_and_other_models_have_caveats_of_their_own() -> None:
     assert len(caveats(tiny=False, form="prompt-completion", job="facts")) == len(plain) + 1
     assert any("--job style" in words for words in caveats(tiny=True, form="text", job="facts"))
     assert not any("--job style" in words for words in caveats(tiny=True, form="text", job="style"))
+
+
+@pytest.mark.parametrize(("telling", "job", "rank", "rule"), [(7, "facts", 64, "rslora"), (3, "style", 8, "lora")])
+def test_facts_in_an_unknown_manner_are_found_by_the_rows_that_hold_them(
+    monkeypatch: pytest.MonkeyPatch, telling: int, job: str, rank: int, rule: str
+) -> None:
+    """7 of 20 rows hold 8 bits of news beside 300 of manner: too few by their sum, 1 %, enough by their number."""
+    rows = tuple(RowBits(300.0, 10.0, 8.0 if i < telling else 0.0, 1) for i in range(len(ROWS)))
+    measured = Measured(rows=rows, looks=FINE.looks, steps=FINE.steps, apart=True, related=0)
+    monkeypatch.setattr(measuring, "measure", lambda *_, **__: measured)
+    monkeypatch.setattr(measuring, "pulls", lambda *_, **__: None)
+    asked = measuring._Asked(None, None, None, None, False, 0, False)
+    drawn = Drawn(ROWS, range(len(ROWS)))
+    found, start = measuring._find(None, {"q_proj": (128, 128)}, drawn, Form(4, 1e-3, 10), asked, lambda *_: None)
+    assert (found.evidence.job, start.rank, start.scaling) == (job, rank, rule)
