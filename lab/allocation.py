@@ -1,8 +1,8 @@
 """Planned ranks against one rank for all, by what is recalled: `python lab/allocation.py OUT TUNED [TUNED ...]`.
 
 In: full fine-tunes of the shipped model on facts, seeds 0, 1, ..., as `update_spectra.py --keep` leaves them. Out:
-adapters in OUT, cut at the parameters of rank 8 and of rank 16, and a table on stdout: error of the weights and recalled bits a
-person, one number a fine-tune.
+adapters in OUT, cut at the parameters of rank 8 and of rank 16, and a table on stdout: error of the weights and
+recalled bits a person, one number a fine-tune.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 from rankwise.errors import RecordError
 from rankwise.records.base import Finding, Level, Part, R, Record, Skipped, from_json, now, to_json, version
 from rankwise.records.conversion import Addend, ConversionRecord, ConvertedModule, ServedScale, Setting
+from rankwise.records.demo import DemoRecord, DemoRun
 from rankwise.records.extraction import (
     Calibration,
     ExtractedModule,
@@ -46,8 +47,6 @@ from rankwise.records.probe import (
 from rankwise.records.report import ReportFile, ReportPart, ReportRecord
 from rankwise.records.runs import (
     AttributeRecall,
-    DemoRecord,
-    DemoRun,
     DryRunRecord,
     Forgetting,
     GroupHealth,
